@@ -1,0 +1,281 @@
+"""Sources: from what a spec names to units of rows with an id, a text or a pair, and a label.
+
+A unit is a range of rows of one file. Where it is cut depends on that file alone, so the same file gives the
+same units in every run, and new files beside it do not move them. What is not a file yet (hub data sets,
+frames in memory) is written as Parquet files first. Knows nothing of encoders.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from bertray.errors import SourceError
+from bertray.formats import Rows, format_of, open_rows
+from bertray.spec import Source
+from bertray.storage import FileInfo, Location
+
+UNIT_ROWS = 20_000
+_STAGED_ROWS = 100_000
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The names of the columns to read; empty where there is none."""
+
+    text: str
+    text_pair: str = ""
+    label: str = ""
+    id: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for name in (self.id, self.text, self.text_pair, self.label) if name))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Rows start to stop of one file: the grain of work, of retry and of resume."""
+
+    url: str
+    name: str
+    format: str
+    stamp: str
+    start: int
+    stop: int
+
+    @property
+    def key(self) -> str:
+        """A file name for what is made of this unit; another file, content or range has another."""
+        content = hashlib.sha256(repr((self.name, self.stamp, self.start, self.stop)).encode()).hexdigest()
+        readable = "".join(c if c.isalnum() or c in ".-" else "-" for c in self.name)[-60:].lstrip("-.")
+        return f"{readable}-{self.start:010d}-{content[:12]}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of a unit.
+
+    rows: table with id, text, label (string, null where there is none) and, for pairs, text_pair.
+    rejects: rows set aside, as table with id, reason and preview.
+    """
+
+    rows: pa.Table
+    rejects: pa.Table
+
+
+def units(source: Source, columns: Columns, unit_rows: int | str = "auto") -> list[Unit]:
+    """Cut the files of a source into units, in the order of the rows.
+
+    Raises:
+        SourceError: there are no files, a file is not readable or lacks a column, or there are no rows.
+    """
+    files = find_files(source)
+    with ThreadPoolExecutor(8) as pool:
+        counts = list(pool.map(lambda file: _count(file, source, columns), files))
+    left = source.limit or sum(counts)
+    found = []
+    for file, rows in zip(files, counts, strict=True):
+        step = _unit_rows(rows) if unit_rows == "auto" else int(unit_rows)
+        for start in range(0, min(rows, left), step):
+            stop = min(start + step, rows, left)
+            found.append(Unit(file.url, file.name, _format(file, source), file.stamp, start, stop))
+        left -= min(rows, left)
+    if not found:
+        raise SourceError(f"{source.path} holds no rows.")
+    return found
+
+
+def find_files(source: Source) -> list[FileInfo]:
+    """The files that a source with a path names, sorted by name."""
+    files = Location(source.path).match()
+    if not files:
+        raise SourceError(f"{source.path} does not exist, or no file fits it. Check the path (relative paths start "
+                          "at the folder where the command is run).")
+    if source.format == "auto" and len(files) > 1:
+        files = [file for file in files if format_of(file.name)]  # a folder may hold a README and the like
+    return files
+
+
+def _format(file: FileInfo, source: Source) -> str:
+    if source.format != "auto":
+        return source.format
+    if found := format_of(file.name):
+        return found
+    raise SourceError(f"{file.url}: the name does not tell the format. Set format to parquet, csv, jsonl or another.")
+
+
+def _count(file: FileInfo, source: Source, columns: Columns) -> int:
+    return open_rows(file.url, _format(file, source), columns.names).count() if file.size else 0
+
+
+def _unit_rows(rows: int) -> int:
+    """About 16 units a file, so that small files spread over workers too, of 2,000 to 20,000 rows."""
+    return min(UNIT_ROWS, max(2_000, math.ceil(rows / 16)))
+
+
+class Reader:
+    """Reads units. Keeps the last file open, so that units in rising order read a file once."""
+
+    def __init__(self, columns: Columns) -> None:
+        self.columns = columns
+        self._rows: Rows | None = None
+
+    def read(self, unit: Unit) -> Batch:
+        """The rows of a unit.
+
+        Raises:
+            SourceError: the rows are not there any more, or a column holds what it must not.
+        """
+        if self._rows is None or self._rows.url != unit.url or self._rows.position > unit.start:
+            self._rows = open_rows(unit.url, unit.format, self.columns.names)
+        return normalize(self._rows.read(unit.start, unit.stop), self.columns, unit)
+
+
+def normalize(table: pa.Table, columns: Columns, unit: Unit) -> Batch:
+    """Bring the user's columns into their form: ids, texts and labels as strings, rejects apart."""
+    place = f"{unit.url} (rows {unit.start} to {unit.stop})"
+    derived = pa.array([f"{unit.name}:{row}" for row in range(unit.start, unit.start + table.num_rows)], pa.string())
+    ids = pc.coalesce(_keys(table, columns.id, place), derived) if columns.id else derived
+    arrays = {"id": ids, "text": _texts(table, columns.text, place)}
+    if columns.text_pair:
+        arrays["text_pair"] = _texts(table, columns.text_pair, place)
+    arrays["label"] = _keys(table, columns.label, place) if columns.label else pa.nulls(table.num_rows, pa.string())
+    required = [name for name in ("text", "text_pair", "label") if getattr(columns, name)]
+    if unit.format in ("csv", "tsv"):  # an empty field is an empty text, but not a label
+        arrays["label"] = pc.if_else(pc.equal(arrays["label"], ""), None, arrays["label"])
+    rows = pa.table(arrays)
+    reason = pa.nulls(table.num_rows, pa.string())
+    for name in required:
+        reason = pc.if_else(pc.and_(pc.is_null(reason), pc.is_null(rows[name])), f"{name} is null", reason)
+    rejected = pc.is_valid(reason)
+    preview = pc.utf8_slice_codeunits(pc.coalesce(rows["text"], ""), 0, 80)
+    rejects = pa.table({"id": rows["id"], "reason": reason, "preview": preview}).filter(rejected)
+    return Batch(rows.filter(pc.invert(rejected)).combine_chunks(), rejects)
+
+
+def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
+    column = table[name]
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def _texts(table: pa.Table, name: str, place: str) -> pa.ChunkedArray:
+    column = _column(table, name)
+    if not (_is_string(column.type) or pa.types.is_null(column.type)):
+        raise SourceError(f"{place}: column {name!r} must hold strings. It holds {column.type} instead.")
+    return column.cast(pa.string())
+
+
+def _keys(table: pa.Table, name: str, place: str) -> pa.ChunkedArray:
+    """A column of ids or labels as strings: strings, whole numbers and booleans."""
+    column = _column(table, name)
+    if pa.types.is_floating(column.type):  # whole numbers beside missing ones, as pandas keeps them
+        column = pc.if_else(pc.is_nan(column), None, column)
+        if pc.all(pc.equal(column, pc.floor(column))).as_py() is not False:
+            column = column.cast(pa.int64())
+    if not any(test(column.type) for test in (_is_string, pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)):
+        raise SourceError(f"{place}: column {name!r} must hold strings or whole numbers. "
+                          f"It holds {column.type} instead.")
+    return column.cast(pa.string())
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def stage(rows: Any, columns: Columns, folder: Location) -> tuple[str, ...]:
+    """Write rows that are not files yet as Parquet files into a folder, named by their content.
+
+    Args:
+        rows: a `datasets.Dataset`, a pandas frame, an Arrow table or a Ray Dataset.
+
+    Returns:
+        The label names that the rows carry themselves (`ClassLabel`), if any.
+    """
+    _check_names(rows, columns)
+    written = []
+    for number, table in enumerate(_tables(rows, columns.names)):
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        data = sink.getvalue()
+        name = f"part-{number:05d}-{hashlib.sha256(data).hexdigest()[:16]}.parquet"
+        written.append(name)
+        if not (folder / name).exists():
+            (folder / name).write(data)
+    for file in folder.files():
+        if file.name not in written:
+            (folder / file.name).delete()  # of an earlier content
+    features = getattr(rows, "features", None) or {}
+    return tuple(getattr(features.get(columns.label), "names", None) or ())
+
+
+def _check_names(rows: Any, columns: Columns) -> None:
+    names = rows.column_names if hasattr(rows, "column_names") else list(rows.columns)
+    names = names() if callable(names) else names
+    for name in columns.names:
+        if name not in names:
+            raise SourceError(f"The rows have no column {name!r}. They have: {', '.join(map(str, names))}. "
+                              "Set data.text, data.label and so on to the names there.")
+
+
+def _tables(rows: Any, names: Iterable[str]) -> Iterator[pa.Table]:
+    names = list(names)
+    if hasattr(rows, "iter_batches"):  # a Ray Dataset
+        batches: Iterable[Any] = rows.select_columns(names).iter_batches(
+            batch_size=_STAGED_ROWS, batch_format="pyarrow")
+    elif hasattr(rows, "with_format"):  # a datasets.Dataset
+        batches = rows.select_columns(names).with_format("arrow").iter(_STAGED_ROWS)
+    else:
+        table = rows if isinstance(rows, pa.Table) else pa.Table.from_pandas(rows[names], preserve_index=False)
+        batches = (table.slice(start, _STAGED_ROWS) for start in range(0, table.num_rows, _STAGED_ROWS))
+    for batch in batches:
+        yield batch.select(names).replace_schema_metadata(None)
+
+
+def from_hub(source: Source) -> Any:
+    """The `datasets.Dataset` of a hub source, or of a folder that `save_to_disk` wrote.
+
+    Raises:
+        SourceError: it cannot be had, or the split is missing or unknown.
+    """
+    import datasets
+
+    place = source.hub or source.path
+    try:
+        if source.hub:
+            found = datasets.load_dataset(
+                source.hub, source.config or None, split=source.split or None, revision=source.revision)
+        else:
+            found = datasets.load_from_disk(source.path)
+            if source.split:
+                found = _slice(found, source.split)
+    except Exception as error:  # the library and its loaders raise many kinds: say what they said
+        raise SourceError(f"The data set {place} cannot be loaded: {' '.join(str(error).split())[:300]} "
+                          "Check name, config, split and revision, or download it first.") from error
+    if isinstance(found, dict):
+        raise SourceError(f"{place} has several splits. Set split to one of: {', '.join(found)}.")
+    return found.select(range(min(source.limit, len(found)))) if source.limit else found
+
+
+def _slice(found: Any, split: str) -> Any:
+    import datasets
+
+    parts = found if isinstance(found, dict) else {split.split("[")[0]: found}
+    instructions = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(d) for name, d in parts.items()})
+    chosen = [parts[i.splitname].select(range(i.from_, i.to)) for i in instructions]
+    return datasets.concatenate_datasets(chosen) if len(chosen) > 1 else chosen[0]
+
+
+def is_saved_dataset(source: Source) -> bool:
+    """Whether a path is a folder that `datasets.save_to_disk` wrote."""
+    if not source.path or source.format != "auto":
+        return False
+    folder = Location(source.path)
+    return any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
+

@@ -1,0 +1,302 @@
+"""The spec: what to read, which encoder and head to use, and where to run, as one frozen tree.
+
+Every field has a default (the seed notebook's where it had one), a line of description and a plain
+statement of what it may hold; `bertray spec` prints them, and error messages quote them. Knows nothing of
+what the values are used for.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
+
+from bertray.errors import SpecError
+
+Key = tuple[str | int, ...]
+AutoCount = Literal["auto"] | Annotated[int, Field(ge=1)]
+
+
+class Part(BaseModel):
+    """A frozen section of a spec; unknown keys are errors and nothing is converted silently."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Source(Part):
+    """Where the rows of one split come from. A bare string stands for `path`."""
+
+    path: str = Field("", description="file, glob, folder or URL such as s3://bucket/rows; save_to_disk folders too")
+    hub: str = Field("", description="name of a data set on the Hugging Face hub, instead of path")
+    config: str = Field("", description="configuration of the hub data set")
+    split: str = Field("", description="split of a hub or save_to_disk data set, slices allowed: train[:2000]")
+    revision: str = Field("main", description="revision of the hub data set")
+    format: Literal["auto", "parquet", "arrow", "csv", "tsv", "json", "jsonl", "text"] = Field(
+        "auto", description="format of the files; auto goes by their names")
+    limit: int = Field(0, ge=0, description="read at most this many rows; 0 reads all")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _string_is_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "Source":
+        if self.path and self.hub:
+            raise ValueError("must give either path or hub, not both")
+        return self
+
+    @property
+    def given(self) -> bool:
+        return bool(self.path or self.hub)
+
+
+class Data(Part):
+    """Which rows to read, and which of their columns hold what."""
+
+    train: Source = Field(Source(), description="rows to fit the head on")
+    test: Source = Field(Source(), description="rows to judge the head by; may be left out")
+    text: str = Field("text", min_length=1, description="column of the text")
+    text_pair: str = Field("", description="column of the second text of a pair; empty for single texts")
+    label: str = Field("label", description="column of the label")
+    id: str = Field("", description="column of the row's id; empty derives ids from file and row")
+    labels: tuple[str, ...] = Field(
+        (), description="label names in the order of their numbers; empty takes what the training rows hold")
+    unit_rows: AutoCount = Field("auto", description="rows that are encoded, written and retried together")
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> "Data":
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels must be distinct")
+        return self
+
+
+class Encoder(Part):
+    """The frozen BERT, and how its output becomes one vector a text."""
+
+    model: str = Field("google-bert/bert-base-uncased", min_length=1,
+                       description="folder, hub name, or a model that an installed package carries")
+    revision: str = Field("main", description="revision of the hub model")
+    pooling: Literal["pooler", "cls", "mean", "max"] = Field(
+        "pooler", description="pooler (dense and tanh over [CLS]), [CLS] itself, or mean or max over all tokens")
+    max_length: int = Field(512, ge=3, description="most tokens a text may have, [CLS] and [SEP] included")
+    truncation: Literal["truncate", "error"] = Field(
+        "truncate", description="what becomes of longer texts; how many were truncated is always reported")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="number format of the encoder; auto takes the fastest with a cosine of 0.999 to fp32")
+
+
+class Head(Part):
+    """The linear head and how it is fitted."""
+
+    optimizer: Literal["adam", "sgd", "lbfgs"] = Field(
+        "adam", description="adam and sgd run in batches; lbfgs runs on all rows to the optimum")
+    lr: float = Field(0.01, gt=0, description="learning rate of adam and sgd")
+    batch_size: int = Field(32, ge=1, description="rows a step of adam and sgd")
+    epochs: int = Field(10, ge=1, description="passes over the rows of adam and sgd")
+    seed: int = Field(0, ge=0, description="seed of the first weights and of the order of rows")
+    l2: float = Field(0.0, ge=0, description="penalty: l2/2 times the squared weights is added to the mean loss")
+
+
+class RaySizes(Part):
+    """What to take of the Ray cluster."""
+
+    address: str = Field("auto", min_length=1, description="cluster to use; auto joins a running one or starts its own")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the encoder runs; auto takes GPUs if any")
+    workers: AutoCount = Field("auto", description="encoder processes; auto takes one a GPU, or one for each few CPUs")
+    cpus_per_worker: AutoCount = Field("auto", description="CPUs (threads) of each encoder process")
+    fit_workers: int = Field(0, ge=0, description="Ray Train workers that fit the head; 0 fits in the calling process")
+
+
+class Spec(Part):
+    """A whole job: rows in, vectors, head, metrics, report and bundle out."""
+
+    task: Literal["text-classification"] = Field("text-classification", description="what is predicted")
+    data: Data = Field(Data(), description="rows and columns")
+    encoder: Encoder = Field(Encoder(), description="the frozen BERT")
+    head: Head = Field(Head(), description="the linear head")
+    ray: RaySizes = Field(RaySizes(), description="sizes for Ray")
+    examples: tuple[str, ...] = Field((), description="texts to label at the end, for a look")
+    output: str = Field("runs/bertray", min_length=1, description="folder of the run; runs/<name of the file> from a file")
+
+    @model_validator(mode="after")
+    def _examples_are_single(self) -> "Spec":
+        if self.examples and self.data.text_pair:
+            raise ValueError("examples must be left out when data.text_pair is given")
+        return self
+
+
+def load_spec(spec: "str | Path | Mapping[str, Any] | Spec", overrides: Sequence[str] = ()) -> Spec:
+    """Read a spec from a YAML file, a mapping or another spec, and apply overrides such as
+    `encoder.pooling=mean` (values are YAML).
+
+    Raises:
+        SpecError: with one line for every mistake, each naming its place.
+    """
+    lines: dict[Key, str] = {}
+    if isinstance(spec, Spec):
+        data: Any = spec.model_dump(mode="json")
+    elif isinstance(spec, Mapping):
+        data = json.loads(json.dumps(spec, default=str))
+    else:
+        data, lines = _read_yaml(Path(spec))
+        if isinstance(data, dict):
+            data.setdefault("output", f"runs/{Path(spec).stem}")
+    if not isinstance(data, dict):
+        raise SpecError(f"{spec} must be a mapping of keys such as data, encoder and head. Got {data!r} instead.")
+    for override in overrides:
+        _override(data, override, lines)
+    try:
+        return Spec.model_validate_json(json.dumps(data))
+    except pydantic.ValidationError as error:
+        raise SpecError("\n".join(dict.fromkeys(_messages(error, lines)))) from None
+
+
+def fingerprint(value: Any) -> str:
+    """A short, stable hash of anything that JSON can hold."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def describe() -> str:
+    """The schema as commented YAML: a line for every key, with its default and what it may hold."""
+    return "\n".join(_describe(Spec, 0))
+
+
+def _describe(part: type[Part], depth: int) -> Iterator[str]:
+    indent = "  " * depth
+    for name, field in part.model_fields.items():
+        if _is_part(field.annotation):
+            yield f"{indent}{name}:{'':<24}# {field.description}"
+            yield from _describe(field.annotation, depth + 1)  # type: ignore[arg-type]
+        else:
+            default = json.dumps(field.get_default() if field.default != () else [])
+            yield f"{indent + name + ': ' + default:<40} # {field.description} ({allowed(field)})"
+
+
+def allowed(field: FieldInfo) -> str:
+    """What a field may hold, in words."""
+    return _words(field.annotation, field.metadata)
+
+
+def _words(kind: Any, metadata: Sequence[Any]) -> str:
+    if get_origin(kind) is Annotated:
+        kind, *metadata = get_args(kind)
+        metadata = [constraint for extra in metadata for constraint in getattr(extra, "metadata", [extra])]
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind)) if len(get_args(kind)) > 1 else get_args(kind)[0]
+    if get_args(kind) and get_origin(kind) is not tuple:
+        return " or ".join(_words(option, ()) for option in get_args(kind))
+    if get_origin(kind) is tuple:
+        return "a list of strings"
+    if _is_part(kind):
+        return "a mapping"
+    if kind is str:
+        return "a string that is not empty" if metadata else "a string"
+    bounds = [f"{word} {getattr(constraint, name)}" for constraint in metadata
+              for name, word in (("ge", "of at least"), ("gt", "above")) if hasattr(constraint, name)]
+    return " ".join(["a whole number" if kind is int else "a number", *bounds])
+
+
+def _is_part(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Part)
+
+
+def _messages(error: pydantic.ValidationError, lines: Mapping[Key, str]) -> Iterator[str]:
+    for problem in error.errors():
+        part, field, key = _locate(problem["loc"])
+        where = ".".join(map(str, key)) or "the spec"
+        place = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), "")
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(key[-1]), part.model_fields, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"Known here: {', '.join(part.model_fields)}."
+            yield f"{place}{where} is not a key of a spec. {hint}"
+        elif problem["type"] == "value_error":
+            yield f"{place}{where}: {problem['ctx']['error']}."
+        else:
+            words = "a string" if isinstance(key[-1], int) else allowed(field) if field else "a mapping of keys"
+            yield f"{place}{where} must be {words}. Got {json.dumps(problem['input'])} instead."
+
+
+def _locate(loc: Key) -> tuple[type[Part], FieldInfo | None, Key]:
+    """The part and field that an error's location names, and the location without pydantic's own steps
+    (those into the options of a union)."""
+    part: type[Part] = Spec
+    field: FieldInfo | None = None
+    for depth, step in enumerate(loc):
+        if step not in part.model_fields:
+            return part, field, loc[: depth + 1] if field is None or isinstance(step, int) else loc[:depth]
+        field = part.model_fields[str(step)]
+        if not _is_part(field.annotation):
+            rest = loc[depth + 1 :]
+            return part, field, loc[: depth + 2] if rest and isinstance(rest[0], int) else loc[: depth + 1]
+        part, field = field.annotation, field if depth == len(loc) - 1 else None  # type: ignore[assignment]
+    return part, field, loc
+
+
+def _override(data: dict[str, Any], override: str, lines: dict[Key, str]) -> None:
+    name, equals, text = override.partition("=")
+    key = tuple(name.strip().split("."))
+    if not equals or not all(key):
+        raise SpecError(f"--set must be like encoder.pooling=mean. Got {override!r} instead.")
+    for step in key[:-1]:
+        inner = data.get(step)
+        # A source may be written as a bare path; going into it makes the mapping it stands for.
+        inner = {"path": inner} if isinstance(inner, str) and step in ("train", "test") else inner
+        data[step] = inner if isinstance(inner, dict) else {}
+        data = data[step]
+    try:
+        data[key[-1]] = yaml.load(text, _Loader) if text else ""
+    except yaml.YAMLError:
+        data[key[-1]] = text
+    lines[key] = "--set "
+
+
+def _read_yaml(path: Path) -> tuple[Any, dict[Key, str]]:
+    """The data of a YAML file, and for every key in it the place to show in a message."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        node = yaml.compose(text, _Loader)
+        lines: dict[Key, str] = {}
+        _index(node, (), f"{path}:", lines)
+        return yaml.load(text, _Loader) if node else {}, lines
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise SpecError(f"The spec {path} cannot be read: {reason}. Give the path of a YAML file.") from None
+    except yaml.YAMLError as error:
+        raise SpecError(f"The spec {path} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def _index(node: Any, key: Key, prefix: str, lines: dict[Key, str]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            inner = (*key, name.value)
+            if inner in lines:
+                raise SpecError(f"{prefix}{name.start_mark.line + 1}: {'.'.join(map(str, inner))} is given twice.")
+            lines[inner] = f"{prefix}{name.start_mark.line + 1}: "
+            _index(value, inner, prefix, lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for position, value in enumerate(node.value):
+            lines[(*key, position)] = f"{prefix}{value.start_mark.line + 1}: "
+            _index(value, (*key, position), prefix, lines)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1.2's scalars: `no` and `on` are words, 1e-2 is a number, 12:30 and dates are text."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))

@@ -1,0 +1,156 @@
+"""One view of local disk and object stores, by URL. Knows nothing of what the files hold.
+
+A write is whole or not at all: local files are renamed into place, objects appear when their upload ends.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from bertray.errors import BertrayError
+
+_WILD = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file as a listing shows it. `stamp` changes when the content does (size and time of change)."""
+
+    url: str
+    name: str
+    size: int
+    stamp: str
+
+
+@dataclass(frozen=True)
+class Location:
+    """A file or folder: a local path, or a URL that pyarrow or fsspec opens (s3://, gs://, hdfs://, ...)."""
+
+    url: str
+
+    def __truediv__(self, name: str) -> "Location":
+        return Location(f"{self.url.rstrip('/')}/{name}" if name else self.url)
+
+    def __str__(self) -> str:
+        return self.url
+
+    @cached_property
+    def _resolved(self) -> tuple[pafs.FileSystem, str]:
+        return _resolve(self.url)
+
+    @property
+    def fs(self) -> pafs.FileSystem:
+        return self._resolved[0]
+
+    @property
+    def path(self) -> str:
+        """The path inside `fs`."""
+        return self._resolved[1]
+
+    @property
+    def local(self) -> bool:
+        return isinstance(self.fs, pafs.LocalFileSystem)
+
+    @property
+    def kind(self) -> pafs.FileType:
+        return self.fs.get_file_info(self.path).type
+
+    def exists(self) -> bool:
+        return self.kind != pafs.FileType.NotFound
+
+    def open(self, compression: str | None = None) -> Any:
+        """A stream to read from; compression None leaves the bytes as they are."""
+        return self.fs.open_input_stream(self.path, compression=compression)
+
+    def open_random(self) -> Any:
+        return self.fs.open_input_file(self.path)
+
+    def read(self) -> bytes:
+        with self.open() as stream:
+            return bytes(stream.read())
+
+    def write(self, data: bytes | pa.Buffer) -> None:
+        """Write a file whole or not at all, with the folders above it."""
+        if self.local:
+            target = Path(self.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f".{target.name}.{os.getpid()}")
+            try:
+                with partial.open("wb") as stream:
+                    stream.write(data)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
+        else:
+            with self.fs.open_output_stream(self.path) as stream:
+                stream.write(data)
+
+    def delete(self) -> None:
+        """Remove the file or folder, if it is there."""
+        kind = self.kind
+        if kind == pafs.FileType.Directory:
+            self.fs.delete_dir(self.path)
+        elif kind == pafs.FileType.File:
+            self.fs.delete_file(self.path)
+
+    def files(self) -> list[FileInfo]:
+        """All files below this folder, sorted by name; hidden ones (a step that begins with . or _) left out.
+
+        `name` is relative to this folder. A folder that does not exist holds no files.
+        """
+        selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
+        found = []
+        for info in self.fs.get_file_info(selector):
+            name = os.path.relpath(info.path, self.path)
+            if info.type == pafs.FileType.File and not any(step[0] in "._" for step in name.split("/")):
+                found.append(self._info(info, name))
+        return sorted(found, key=lambda file: file.name)
+
+    def match(self) -> list[FileInfo]:
+        """The files that this location names: itself, all below it, or those that fit its wildcards."""
+        kind = self.kind
+        if kind == pafs.FileType.File:
+            return [self._info(self.fs.get_file_info(self.path), self.path.rsplit("/", 1)[-1])]
+        if kind == pafs.FileType.Directory or not _WILD.search(self.url):
+            return self.files()
+        base = self.url[: _WILD.search(self.url).start()].rpartition("/")[0] or "."  # type: ignore[union-attr]
+        folder = Location(base if base != "." or not self.url.startswith("/") else "/")
+        pattern = re.compile(_glob_regex(self.url.removeprefix(base).lstrip("/")))
+        return [file for file in folder.files() if pattern.fullmatch(file.name)]
+
+    def _info(self, info: pafs.FileInfo, name: str) -> FileInfo:
+        root = self.url.rstrip("/")
+        url = root if info.path == self.path else f"{root}/{name}"
+        return FileInfo(url, name, info.size, f"{info.size}-{info.mtime_ns}")
+
+
+def _resolve(url: str) -> tuple[pafs.FileSystem, str]:
+    if "://" not in url:
+        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(url))
+    try:
+        return pafs.FileSystem.from_uri(url)  # type: ignore[no-any-return]
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError):
+        pass  # not one of pyarrow's own: ask fsspec
+    try:
+        import fsspec
+
+        filesystem, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise BertrayError(f"{url} cannot be opened: {error}") from None
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+
+
+def _glob_regex(pattern: str) -> str:
+    """A glob as a regular expression over a relative path; ** spans folders, * and ? stay within one."""
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]*\])", pattern)
+    special = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return "".join(special.get(part) or (part.replace("[!", "[^") if part.startswith("[") else re.escape(part))
+                   for part in parts)
