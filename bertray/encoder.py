@@ -53,14 +53,15 @@ class Encoder:
         """
         if threads:
             torch.set_num_threads(threads)
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+            os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's own pool
+        os.environ["TOKENIZERS_PARALLELISM"] = "true"
         self.device = device
         self.precision = precision_on(device) if spec.precision == "auto" else spec.precision
         self.model = _load(checkpoint, spec, _DTYPES[self.precision]).to(device)
         self.tokenizer = Tokenizer(checkpoint.folder, spec.max_length, spec.truncation)
         self.budget = _BUDGETS[device]
         self._pool = POOLINGS[spec.pooling]
-        self._stored = stored_dtype(spec.precision)
+        self._stored = torch.float32 if stored_dtype(spec.precision) == "float32" else torch.float16
 
     @property
     def width(self) -> int:
@@ -69,21 +70,20 @@ class Encoder:
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Encoded:
         """Vectors of texts, or of pairs, in their order."""
         tokens = self.tokenizer(texts, pairs)
-        vectors = np.empty((len(texts), self.width), self._stored)
+        vectors = torch.empty((len(texts), self.width), dtype=self._stored)
         for rows in packs(tokens.lengths, self.budget):
-            vectors[rows] = self._forward(tokens, rows)
-        return Encoded(vectors, tokens.lengths, tokens.truncated)
+            vectors[torch.from_numpy(rows)] = self._forward(tokens, rows)
+        return Encoded(vectors.numpy(), tokens.lengths, tokens.truncated)
 
     @torch.inference_mode()
-    def _forward(self, tokens: Tokens, rows: NDArray[np.int64]) -> Vectors:
+    def _forward(self, tokens: Tokens, rows: NDArray[np.int64]) -> torch.Tensor:
         """One pack: texts of one length, so neither padding nor a mask. Returns [len(rows), width]."""
         positions = tokens.offsets[rows, None] + np.arange(tokens.lengths[rows[0]])
         inputs = {"input_ids": torch.from_numpy(tokens.ids[positions]).to(self.device)}
         if getattr(self.model.config, "type_vocab_size", 0) > 1:
             inputs["token_type_ids"] = torch.from_numpy(tokens.types[positions]).to(self.device)
         output = self.model(**inputs)
-        vectors = self._pool(output.last_hidden_state, output)
-        return vectors.to(torch.from_numpy(np.empty(0, self._stored)).dtype).cpu().numpy()  # type: ignore[no-any-return]
+        return self._pool(output.last_hidden_state, output).to(self._stored).cpu()
 
 
 # Each takes the last hidden state [n, tokens, width] of texts of one length and gives [n, width].
@@ -102,14 +102,16 @@ def precision_on(device: str) -> str:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
 
 
-def stored_dtype(precision: str) -> type[np.float32] | type[np.float16]:
-    """The type vectors of a precision (as the spec names it) are stored in."""
-    return np.float32 if precision == "fp32" else np.float16
+def stored_dtype(precision: str) -> str:
+    """The NumPy type that vectors of a precision (as the spec names it) are stored in."""
+    return "float32" if precision == "fp32" else "float16"
 
 
 def _load(checkpoint: Checkpoint, spec: EncoderSpec, dtype: torch.dtype) -> Any:
     from transformers import AutoModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         model, info = AutoModel.from_pretrained(
             checkpoint.folder, dtype=dtype, output_loading_info=True, local_files_only=True)

@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +23,7 @@ from bertray.storage import FileInfo, Location
 
 UNIT_ROWS = 20_000
 _STAGED_ROWS = 100_000
+_PREVIEW_ROWS = 100
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,9 @@ def units(source: Source, columns: Columns, unit_rows: int | str = "auto") -> li
         left -= min(rows, left)
     if not found:
         raise SourceError(f"{source.path} holds no rows.")
+    first = found[0]
+    head = replace(first, stop=min(first.stop, _PREVIEW_ROWS))
+    Reader(columns).read(head)  # mistakes in columns show before anything is started
     return found
 
 

@@ -30,9 +30,16 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class Location:
-    """A file or folder: a local path, or a URL that pyarrow or fsspec opens (s3://, gs://, hdfs://, ...)."""
+    """A file or folder: a local path, or a URL that pyarrow or fsspec opens (s3://, gs://, hdfs://, ...).
+
+    Local paths become absolute at once: other processes have other working folders.
+    """
 
     url: str
+
+    def __post_init__(self) -> None:
+        if "://" not in self.url:
+            object.__setattr__(self, "url", os.path.abspath(os.path.expanduser(self.url)))
 
     def __truediv__(self, name: str) -> "Location":
         return Location(f"{self.url.rstrip('/')}/{name}" if name else self.url)
@@ -74,6 +81,12 @@ class Location:
     def read(self) -> bytes:
         with self.open() as stream:
             return bytes(stream.read())
+
+    def create(self) -> Any:
+        """A stream to write to, for what is too large to `write` at once; a local file shows while it grows."""
+        if self.local:
+            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+        return self.fs.open_output_stream(self.path)
 
     def write(self, data: bytes | pa.Buffer) -> None:
         """Write a file whole or not at all, with the folders above it."""
@@ -121,20 +134,18 @@ class Location:
             return [self._info(self.fs.get_file_info(self.path), self.path.rsplit("/", 1)[-1])]
         if kind == pafs.FileType.Directory or not _WILD.search(self.url):
             return self.files()
-        base = self.url[: _WILD.search(self.url).start()].rpartition("/")[0] or "."  # type: ignore[union-attr]
-        folder = Location(base if base != "." or not self.url.startswith("/") else "/")
-        pattern = re.compile(_glob_regex(self.url.removeprefix(base).lstrip("/")))
-        return [file for file in folder.files() if pattern.fullmatch(file.name)]
+        base = _WILD.split(self.url)[0].rpartition("/")[0] + "/"
+        pattern = re.compile(_glob_regex(self.url.removeprefix(base)))
+        return [file for file in Location(base).files() if pattern.fullmatch(file.name)]
 
     def _info(self, info: pafs.FileInfo, name: str) -> FileInfo:
-        root = self.url.rstrip("/")
-        url = root if info.path == self.path else f"{root}/{name}"
+        url = self.url if info.path == self.path else (self / name).url
         return FileInfo(url, name, info.size, f"{info.size}-{info.mtime_ns}")
 
 
 def _resolve(url: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in url:
-        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(url))
+        return pafs.LocalFileSystem(), url
     try:
         return pafs.FileSystem.from_uri(url)  # type: ignore[no-any-return]
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError):

@@ -1,0 +1,156 @@
+"""The `bertray` command. Imported by nobody but `jobs/`; loads what a command needs only when it runs."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from bertray.errors import BertrayError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    logging.getLogger("bertray").setLevel(logging.DEBUG if options.debug else logging.INFO)
+    answer = os.dup(1)
+    if options.json:
+        os.dup2(2, 1)  # whatever else is printed, by anyone, goes to stderr
+    try:
+        result = options.action(options)
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on from here.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if options.debug:
+            raise
+        known = isinstance(error, BertrayError)
+        line = str(error) if known else f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        print(f"bertray: {line}" if known else f"bertray: unexpected {line} (--debug shows all)", file=sys.stderr)
+        return 2 if known else 1
+    if options.json:
+        with os.fdopen(answer, "w") as stdout:
+            print(json.dumps(result, ensure_ascii=False), file=stdout)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show tracebacks and Ray's own logs")
+    common.add_argument("--json", action="store_true", help="print the result as one JSON object, all else on stderr")
+    of_spec = argparse.ArgumentParser(add_help=False, parents=[common])
+    of_spec.add_argument("spec", help="YAML file")
+    of_spec.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                         help="override a key of the spec, such as encoder.pooling=mean")
+    of_spec.add_argument("--output", metavar="DIR", help="where the run is written (folder or URL)")
+
+    parser = argparse.ArgumentParser(prog="bertray", description="A frozen BERT over your text once; linear heads on "
+                                     "the vectors, judged and served.")
+    from bertray import __version__
+
+    parser.add_argument("--version", action="version", version=f"bertray {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, until, text in (("run", "evaluate", "embed, fit, evaluate and report"),
+                              ("embed", "embed", "encode the rows that are not encoded yet"),
+                              ("fit", "fit", "embed what is missing and fit the head"),
+                              ("evaluate", "evaluate", "embed and fit what is missing and judge the head")):
+        command = commands.add_parser(name, parents=[of_spec], help=text, description=text)
+        command.set_defaults(action=_run, until=until)
+    _add_predict(commands, common)
+    command = commands.add_parser("serve", parents=[common], help="answer over HTTP",
+                                  description="Serve a bundle with Ray Serve; POST /predict answers.")
+    command.add_argument("bundle", help="folder of a bundle, such as runs/demo/head")
+    command.add_argument("--host", default="127.0.0.1")
+    command.add_argument("--port", type=int, default=8000)
+    command.set_defaults(action=_serve)
+    command = commands.add_parser("spec", parents=[common], help="print all keys of a spec with their defaults")
+    command.set_defaults(action=_spec)
+    return parser
+
+
+def _add_predict(commands: Any, common: argparse.ArgumentParser) -> None:
+    text = "label all rows of files with a bundle"
+    command = commands.add_parser("predict", parents=[common], help=text, description=text)
+    command.add_argument("bundle", help="folder of a bundle, such as runs/demo/head")
+    command.add_argument("input", help="file, glob, folder or URL of rows")
+    command.add_argument("--output", required=True, metavar="OUT",
+                         help="a .csv, .jsonl or .parquet file, or a folder for Parquet shards")
+    for column in ("text", "text-pair", "id"):
+        command.add_argument(f"--{column}", metavar="COLUMN", help="column of the input, if not as in training")
+    command.add_argument("--format", default="auto", help="format of the input; auto goes by file names")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                         help="override a size for Ray, such as ray.workers=4")
+    command.set_defaults(action=_predict)
+
+
+def _run(options: argparse.Namespace) -> dict[str, Any]:
+    from bertray.pipeline import run
+
+    overrides = [*options.set, *([f"output={json.dumps(options.output)}"] if options.output else [])]
+    summary = run(options.spec, overrides=overrides, until=options.until)
+    if not options.json:
+        _print_summary(summary)
+    return summary
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    print()
+    for name, rows in summary["rows"].items():
+        notes = [f"{rows[count]:,} {word}" for count, word in (
+            ("empty", "empty"), ("truncated", "truncated"), ("rejected", "set aside")) if rows[count]]
+        print(f"{name:<9} {rows['rows']:,} rows, {rows['tokens']:,} tokens{''.join(', ' + note for note in notes)}")
+    for name, metrics in summary.get("metrics", {}).items():
+        print(f"{name:<9} accuracy {metrics['accuracy']:.4f}, macro F1 {metrics['macro_f1']:.4f}, "
+              f"loss {metrics['loss']:.4f}")
+    for example in summary.get("examples", ()):
+        print(f"  {example['text']} -> {example['label']} ({example['score']:.2f})")
+    print(f"{'time':<9} " + ", ".join(f"{step} {seconds:.1f} s" for step, seconds in summary["seconds"].items()))
+    if "metrics" in summary:
+        print(f"{'report':<9} {summary['report']}\n{'bundle':<9} {summary['bundle']}")
+        print(f"{'next':<9} bertray serve {summary['bundle']}")
+    else:
+        print(f"{'written':<9} {summary['output']}")
+
+
+def _predict(options: argparse.Namespace) -> dict[str, Any]:
+    from bertray import bundle as bundles
+    from bertray.cluster import connected
+    from bertray.predict import predict_files
+    from bertray.sources import Columns
+    from bertray.spec import load_spec
+
+    names = bundles.load(options.bundle).columns
+    columns = Columns(options.text or names["text"], options.text_pair or names["text_pair"], "", options.id or "")
+    source = {"path": options.input, "format": options.format}
+    spec = load_spec({"data": {"train": source}}, options.set)
+    with connected(spec.ray):
+        manifest = predict_files(options.bundle, spec.data.train, options.output, columns, spec.ray)
+    counts = {count: manifest.total(count) for count in ("rows", "rejected", "empty", "truncated", "tokens")}
+    if not options.json:
+        print(f"{counts['rows']:,} rows labelled ({counts['truncated']:,} truncated, {counts['empty']:,} empty, "
+              f"{counts['rejected']:,} set aside): {options.output}")
+    return {"output": options.output, **counts}
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from bertray.cluster import connected
+    from bertray.serve import run
+    from bertray.spec import RaySizes
+
+    with connected(RaySizes()):
+        run(options.bundle, options.host, options.port)
+
+
+def _spec(options: argparse.Namespace) -> dict[str, Any]:
+    from bertray.spec import Spec, describe
+
+    if not options.json:
+        print(describe())
+    return Spec().model_dump(mode="json")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

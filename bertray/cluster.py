@@ -1,0 +1,98 @@
+"""The Ray cluster: joining or starting one, and what to take of it."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from bertray.errors import ClusterError
+from bertray.progress import log
+from bertray.spec import RaySizes
+
+_CPUS_PER_WORKER = 4  # past that, a worker's threads gain less than another worker does
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many encoder processes to run, and what each takes."""
+
+    count: int
+    device: str
+    threads: int
+    num_cpus: float
+    num_gpus: float
+
+
+@contextmanager
+def connected(sizes: RaySizes) -> Iterator[None]:
+    """Joins a Ray cluster, or starts one on this machine that ends with the block.
+
+    A connection that is there already is used and left as it is.
+
+    Raises:
+        ClusterError: there is no cluster at the address, or it refuses.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = None if sizes.address == "auto" else sizes.address
+    try:
+        with _quiet():
+            ray.init(address, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    except Exception as error:  # Ray raises many kinds: say what it said
+        raise ClusterError(f"Cannot use the Ray cluster at {address or os.environ.get('RAY_ADDRESS', 'this machine')}: "
+                           f"{' '.join(str(error).split())[:300]}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Ray's C++ side from writing over the terminal: it knows no log level that is silent about itself."""
+    if log.isEnabledFor(logging.DEBUG) or "RAY_BACKEND_LOG_LEVEL" in os.environ:
+        yield
+        return
+    os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"
+    terminal = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        del os.environ["RAY_BACKEND_LOG_LEVEL"]
+
+
+def plan_workers(sizes: RaySizes, units: int) -> Workers:
+    """The encoder processes that the spec asks for, or that fit what the cluster has free.
+
+    Raises:
+        ClusterError: the cluster has not what the spec asks for.
+    """
+    import ray
+
+    total, free = ray.cluster_resources(), ray.available_resources()
+    gpus = int(total.get("GPU", 0))
+    if sizes.device == "cuda" and not gpus:
+        raise ClusterError("ray.device is cuda, but the Ray cluster has no GPU. Set ray.device to auto or cpu.")
+    device = "cuda" if gpus and sizes.device != "cpu" else "cpu"
+    cpus = max(1, int(free.get("CPU", 0)))
+    if sizes.cpus_per_worker != "auto":
+        threads = int(sizes.cpus_per_worker)
+    else:
+        threads = max(1, min(_CPUS_PER_WORKER, cpus // gpus if device == "cuda" else cpus))
+    fit = gpus if device == "cuda" else max(1, cpus // threads)
+    count = fit if sizes.workers == "auto" else int(sizes.workers)
+    # Less than whole CPUs, so that whatever else runs there finds a place beside the actors.
+    num_cpus = 0.9 * threads
+    if count * num_cpus > total.get("CPU", 0) or (device == "cuda" and count > gpus):
+        raise ClusterError(f"ray.workers {count} with {threads} CPUs each is more than the Ray cluster has "
+                           f"({total.get('CPU', 0):g} CPUs, {gpus} GPUs). Lower ray.workers or ray.cpus_per_worker.")
+    return Workers(min(count, max(1, units)), device, threads, num_cpus, 1.0 if device == "cuda" else 0.0)

@@ -1,0 +1,229 @@
+"""The whole job: spec to vectors, head, metrics, report and bundle. Each step skips what is done."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bertray import bundle as bundles
+from bertray import checkpoints, labels
+from bertray.bundle import Bundle
+from bertray.cluster import connected
+from bertray.embed import Split, embed, made_by, reasons, versions
+from bertray.errors import SourceError, SpecError
+from bertray.evaluate import Evaluation, evaluate
+from bertray.progress import log
+from bertray.sources import Columns, from_hub, is_saved_dataset, stage, units
+from bertray.spec import Source, Spec, fingerprint, load_spec
+from bertray.storage import Location
+from bertray.store import Manifest, Store, vectors_of
+
+STEPS = ("embed", "fit", "evaluate")
+
+
+def run(spec: str | Path | Mapping[str, Any] | Spec, *, train: Any = None, test: Any = None,
+        overrides: Sequence[str] = (), until: str = "evaluate") -> dict[str, Any]:
+    """Run a spec, all of it or until one of its steps.
+
+    Args:
+        spec: YAML file, mapping or Spec.
+        train: rows to use in place of data.train: a `datasets.Dataset`, a pandas frame, an Arrow table or a Ray
+            Dataset.
+        test: likewise for data.test.
+        overrides: such as `encoder.pooling=mean`.
+        until: `embed`, `fit` or `evaluate` (which writes the report too).
+
+    Returns:
+        The summary, which metrics.json holds when all steps are run.
+
+    Raises:
+        BertrayError: with what is wrong, where, and what to do.
+    """
+    return _Run(load_spec(spec, overrides), {"train": train, "test": test}).until(until)
+
+
+class _Run:
+    """One run of a spec: what is known so far, and how long each step took."""
+
+    def __init__(self, spec: Spec, given: Mapping[str, Any]) -> None:
+        self.spec = spec
+        self.folder = _output(spec.output)
+        self.seconds: dict[str, float] = {}
+        self.label_names = spec.data.labels
+        self.started = time.perf_counter()
+        self.checkpoint = checkpoints.find(spec.encoder.model, spec.encoder.revision)
+        self.splits = self._splits(given)
+        self.manifests: dict[str, Manifest] = {}
+
+    def until(self, last: str) -> dict[str, Any]:
+        with ExitStack() as stack:
+            self._join_ray = lambda: stack.enter_context(connected(self.spec.ray))
+            self._timed("embed", self.embed)
+            if last != "embed":
+                bundle = self._timed("fit", self.fit)
+            if last == "evaluate":
+                return self.evaluate(bundle)
+        return self._summary()
+
+    def _timed(self, step: str, action: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        result = action()
+        self.seconds.setdefault(step, round(time.perf_counter() - started, 3))
+        return result
+
+    # --- rows ---------------------------------------------------------------------------------------------
+
+    def _splits(self, given: Mapping[str, Any]) -> list[Split]:
+        data = self.spec.data
+        if given["train"] is None and not data.train.given:
+            raise SpecError("data.train must name a path or a hub data set.")
+        if not data.label:
+            raise SpecError("data.label must be a string that is not empty: a head is fitted on labels.")
+        columns = Columns(data.text, data.text_pair, data.label, data.id)
+        splits = [self._split("train", data.train, columns, given["train"])]
+        if data.test.given or given["test"] is not None:
+            splits.append(self._split("test", data.test, columns, given["test"]))
+        if self.spec.examples:
+            import pyarrow as pa
+
+            examples = pa.table({"text": list(self.spec.examples)})
+            splits.append(self._split("examples", Source(), Columns("text"), examples))
+        return splits
+
+    def _split(self, name: str, source: Source, columns: Columns, rows: Any) -> Split:
+        identity = {"given": name} if rows is not None else source.model_dump(exclude={"limit"})
+        if rows is None and (source.hub or is_saved_dataset(source)):
+            rows = from_hub(source)
+        if rows is not None:
+            folder = self.folder / "rows" / name
+            carried = stage(rows, columns, folder)
+            self.label_names = self.label_names or carried
+            source = Source(path=folder.url, format="parquet")
+        made = made_by(self.spec.encoder, self.checkpoint, columns, identity)
+        store = Store((self.folder / "stores" / f"{name}-{fingerprint(made)}").url)
+        return Split(name, tuple(units(source, columns, self.spec.data.unit_rows)), columns, store, made)
+
+    # --- steps --------------------------------------------------------------------------------------------
+
+    def embed(self) -> None:
+        open_splits = []
+        for split in self.splits:
+            manifest = split.store.manifest()
+            if manifest and [receipt.unit for receipt in manifest.units] == [unit.key for unit in split.units]:
+                self.manifests[split.name] = manifest
+            else:
+                open_splits.append(split)
+        if not open_splits:
+            log.info("embedding: done already")
+            self.seconds["embed"] = 0.0
+            return
+        # What fitting imports takes seconds: meanwhile the cluster starts and encodes.
+        threading.Thread(target=_import_trainer, daemon=True).start()
+        self._join_ray()
+        self.manifests |= embed(open_splits, self.spec.encoder, self.checkpoint, self.spec.ray, self.label_names)
+
+    def fit(self) -> Bundle:
+        from bertray.fit import fit
+
+        names, classes = self._classes()
+        train = self.manifests["train"]
+        made = fingerprint({"store": train.fingerprint, "units": [unit.unit for unit in train.units],
+                            "labels": names, "classes": classes, "head": self.spec.head.model_dump()})
+        folder = (self.folder / "head").url
+        if (Location(folder) / "bundle.json").exists() and (bundle := bundles.load(folder)).fingerprint == made:
+            log.info("fitting: done already")
+            self.seconds["fit"] = 0.0
+            return bundle
+        if self.spec.ray.fit_workers:
+            self._join_ray()
+        fitted = fit(self._store("train"), classes, len(names), self.spec.head, self.spec.ray.fit_workers)
+        columns = self.spec.data.model_dump(include={"text", "text_pair", "label", "id"})
+        encoder = {**self.spec.encoder.model_dump(), "identity": self.checkpoint.identity}
+        bundle = Bundle(self.spec.task, names, encoder, columns, self.spec.head.model_dump(), tuple(fitted.losses),
+                        fitted.seconds, made, versions(), fitted.head, {})
+        bundles.save(bundle, folder)
+        return bundle
+
+    def evaluate(self, bundle: Bundle) -> dict[str, Any]:
+        made = fingerprint({"bundle": bundle.fingerprint, "splits": {
+            name: [manifest.fingerprint, *(unit.unit for unit in manifest.units)]
+            for name, manifest in self.manifests.items()}})
+        path = self.folder / "metrics.json"
+        saved = json.loads(path.read()) if path.exists() else {}
+        if saved.get("fingerprint") == made:
+            log.info("evaluating: done already")
+            return saved
+        self.seconds = {**saved.get("seconds", {}), **{k: v for k, v in self.seconds.items() if v}}
+        names, classes = self._classes()
+        evaluations: dict[str, Evaluation] = self._timed("evaluate", lambda: {
+            name: evaluate(self._store(name), bundle.head, classes, names,
+                           self.folder / "predictions" / f"{name}.parquet")
+            for name in ("train", "test") if name in self.manifests})
+        metrics = {name: evaluation.summary for name, evaluation in evaluations.items()}
+        bundle = replace(bundle, metrics=metrics)
+        bundles.save(bundle, (self.folder / "head").url)
+        summary = self._summary(metrics=metrics, examples=self._examples(bundle))
+        self._timed("report", lambda: self._report(summary, evaluations, bundle))
+        self.seconds["total"] = round(time.perf_counter() - self.started, 3)
+        summary = {**summary, "seconds": self.seconds, "fingerprint": made}
+        path.write(json.dumps(summary, indent=1, ensure_ascii=False).encode())
+        return summary
+
+    # --- parts of steps -----------------------------------------------------------------------------------
+
+    def _store(self, name: str) -> Store:
+        return next(split.store for split in self.splits if split.name == name)
+
+    def _classes(self) -> tuple[tuple[str, ...], dict[str, int]]:
+        """The label names, and what class each label of the train and test rows stands for."""
+        names = self.label_names or labels.find_names(self.manifests["train"].labels)
+        if len(names) < 2:
+            raise SourceError(f"The training rows have one label only ({', '.join(names)}): there is nothing to tell "
+                              "apart. Give rows with at least two.")
+        seen = [label for name in ("train", "test") if name in self.manifests
+                for label in self.manifests[name].labels]
+        return names, labels.index(seen, names)
+
+    def _examples(self, bundle: Bundle) -> list[dict[str, Any]]:
+        answers = []
+        for table in self._store("examples").tables(["text", "vector"]) if self.spec.examples else ():
+            probabilities = bundle.head.probabilities(vectors_of(table))
+            for text, row in zip(table["text"].to_pylist(), probabilities, strict=True):
+                answers.append({"text": text, "label": bundle.labels[row.argmax()], "score": float(row.max())})
+        return answers
+
+    def _summary(self, **more: Any) -> dict[str, Any]:
+        rows = {name: {**{count: manifest.total(count) for count in ("rows", "rejected", "empty", "truncated", "tokens")},
+                       "reasons": reasons(self._store(name)) if manifest.total("rejected") else {}}
+                for name, manifest in self.manifests.items() if name != "examples"}
+        return {"output": self.folder.url, "report": (self.folder / "report.html").url,
+                "bundle": (self.folder / "head").url, "task": self.spec.task,
+                "encoder": self.spec.encoder.model_dump(), "rows": rows, "seconds": self.seconds, **more}
+
+    def _report(self, summary: dict[str, Any], evaluations: Mapping[str, Evaluation], bundle: Bundle) -> None:
+        from bertray.report import html
+
+        spec = yaml.safe_dump(self.spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        page = html(self.folder.url.rstrip("/").rpartition("/")[2], summary, evaluations, bundle.labels,
+                    bundle.losses, spec, bundle.versions)
+        (self.folder / "report.html").write(page.encode())
+
+
+def _import_trainer() -> None:
+    import ray.train.torch  # noqa: F401
+
+
+def _output(output: str) -> Location:
+    """Where a run is written. A submitted job runs in a copy of the working folder that Ray deletes afterwards:
+    there a relative folder is taken from the home folder instead."""
+    if "://" not in output and not Path(output).expanduser().is_absolute() \
+            and "runtime_resources" in Path.cwd().parts:
+        output = str(Path.home() / output)
+        log.warning("The working folder of this job is temporary: the run is written to %s instead.", output)
+    return Location(output)

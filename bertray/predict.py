@@ -1,0 +1,167 @@
+"""Prediction: texts to labels and probabilities, one by one in Python or files at a time on Ray."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from bertray import bundle as bundles
+from bertray import checkpoints
+from bertray.bundle import Bundle
+from bertray.checkpoints import Checkpoint
+from bertray.embed import Split, embed, made_by
+from bertray.errors import BertrayError, BundleError
+from bertray.heads import LinearHead
+from bertray.sources import Columns, units
+from bertray.spec import Encoder as EncoderSpec
+from bertray.spec import RaySizes, Source, fingerprint
+from bertray.storage import Location
+from bertray.store import Manifest, Store
+
+
+class Predictions(NamedTuple):
+    """labels: n names, the likeliest each; probabilities: [n, classes] in the order of the bundle's labels."""
+
+    labels: list[str]
+    probabilities: NDArray[np.float32]
+
+
+class Predictor:
+    """A bundle with its encoder, ready to answer."""
+
+    def __init__(self, bundle: Bundle, device: str = "auto", threads: int = 0) -> None:
+        """Load the encoder that the bundle was fitted on.
+
+        Raises:
+            BundleError: the encoder that is found is not the one the bundle was fitted on.
+        """
+        import torch
+
+        from bertray.encoder import Encoder
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.bundle = bundle
+        self.encoder = Encoder(_checkpoint(bundle), _encoder_spec(bundle), device, threads)
+
+    def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Predictions:
+        """Label texts, or with `pairs` the pairs (texts[i], pairs[i]).
+
+        Raises:
+            BertrayError: the texts are not strings, or pairs are missing or given to a bundle without them.
+        """
+        texts, pairs = self._checked(texts, pairs)
+        probabilities = self.bundle.head.probabilities(self.encoder.encode(texts, pairs).vectors)
+        return Predictions([self.bundle.labels[i] for i in probabilities.argmax(1)], probabilities)
+
+    def _checked(self, texts: Sequence[str], pairs: Sequence[str] | None) -> tuple[list[str], list[str] | None]:
+        if isinstance(texts, str):
+            texts, pairs = [texts], None if pairs is None else [pairs] if isinstance(pairs, str) else pairs
+        if self.bundle.pairs != (pairs is not None):
+            takes = "pairs of texts" if self.bundle.pairs else "single texts"
+            raise BertrayError(f"This bundle takes {takes}: call predict({'texts, pairs' if self.bundle.pairs else 'texts'}).")
+        if pairs is not None and len(pairs) != len(texts):
+            raise BertrayError(f"texts and pairs must be of one length. Got {len(texts)} and {len(pairs)} instead.")
+        for text in (*texts, *(pairs or ())):
+            if not isinstance(text, str):
+                raise BertrayError(f"Texts must be strings. Got {text!r} instead.")
+        return list(texts), None if pairs is None else list(pairs)
+
+
+def load(path: str, device: str = "auto") -> Predictor:
+    """The predictor of a bundle in a folder (local, or a URL)."""
+    return Predictor(bundles.load(str(path)), device)
+
+
+def predict_files(bundle_url: str, source: Source, output: str, columns: Columns, sizes: RaySizes) -> Manifest:
+    """Label all rows of a source on the connected Ray cluster, resumable like embedding.
+
+    Writes to `output` id, text (and text_pair), label, score and probabilities of each row: one file where it
+    ends in .parquet, .csv or .jsonl, else a folder of Parquet shards with a manifest.
+    """
+    bundle = bundles.load(bundle_url)
+    kind = output.rpartition(".")[2] if output.endswith((".parquet", ".csv", ".jsonl")) else ""
+    store = Store(f"{output}.parts" if kind else output)
+    checkpoint, spec = _checkpoint(bundle), _encoder_spec(bundle)
+    made = {**made_by(spec, checkpoint, columns, source.model_dump()), "bundle": bundle.fingerprint}
+    _refuse_other(store, fingerprint(made), output)
+    split = Split("predictions", tuple(units(source, columns)), columns, store, made)
+    finish = WithPredictions(bundle.head, bundle.labels)
+    manifest = embed([split], spec, checkpoint, sizes, finish=finish)["predictions"]
+    if kind:
+        _join(store, Location(output), kind, bundle)
+        store.location.delete()
+    return manifest
+
+
+def _refuse_other(store: Store, fingerprint: str, output: str) -> None:
+    """Shards of another bundle or source must not mix with these: the folder remembers what it is for."""
+    marker = store.location / "made-by.txt"
+    if marker.exists() and marker.read().decode() != fingerprint:
+        raise BertrayError(f"{store.url} holds predictions of another bundle or input. Delete it, or give another "
+                           "--output.")
+    if not marker.exists() and store.location.files():
+        raise BertrayError(f"{output} is a folder that holds other files. Give a folder of its own as --output.")
+    marker.write(fingerprint.encode())
+
+
+@dataclass(frozen=True)
+class WithPredictions:
+    """From a unit's rows and vectors to the table of its answers."""
+
+    head: LinearHead
+    labels: tuple[str, ...]
+
+    def __call__(self, rows: pa.Table, vectors: NDArray[Any]) -> pa.Table:
+        probabilities = self.head.probabilities(vectors)
+        flat = pa.array(probabilities.reshape(-1))
+        label = pa.array([self.labels[i] for i in probabilities.argmax(1)], pa.string())
+        return (rows.drop_columns(["label"]).append_column("label", label)
+                .append_column("score", pa.array(probabilities.max(1)))
+                .append_column("probabilities", pa.FixedSizeListArray.from_arrays(flat, len(self.labels))))
+
+
+def _join(store: Store, target: Location, kind: str, bundle: Bundle) -> None:
+    """The shards as one file, in the order of the rows; one column a probability in CSV, which has no lists."""
+    names = ["id", "text", *(["text_pair"] if bundle.pairs else []), "label", "score", "probabilities"]
+    tables: Iterator[pa.Table] = store.tables(names)
+    with target.create() as stream:
+        writer: Any = None
+        for table in tables:
+            if kind == "jsonl":
+                stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist()).encode())
+                continue
+            table = _flat(table, bundle.labels) if kind == "csv" else table
+            if writer is None:
+                writer = (pa.csv.CSVWriter if kind == "csv" else pq.ParquetWriter)(stream, table.schema)
+            writer.write_table(table)
+        if writer is not None:
+            writer.close()
+
+
+def _flat(table: pa.Table, labels: Sequence[str]) -> pa.Table:
+    flat = table["probabilities"].combine_chunks().flatten().to_numpy().reshape(-1, len(labels))
+    table = table.drop_columns(["probabilities"])
+    for i, label in enumerate(labels):
+        table = table.append_column(f"p_{label}", pa.array(np.ascontiguousarray(flat[:, i])))
+    return table
+
+
+def _encoder_spec(bundle: Bundle) -> EncoderSpec:
+    return EncoderSpec(**{name: value for name, value in bundle.encoder.items() if name != "identity"})
+
+
+def _checkpoint(bundle: Bundle) -> Checkpoint:
+    name, revision, identity = (bundle.encoder[key] for key in ("model", "revision", "identity"))
+    checkpoint = checkpoints.find(name, revision)
+    if checkpoint.identity != identity:
+        other = next(part for part in identity if checkpoint.identity.get(part) != identity[part])
+        raise BundleError(f"The {other} of {name} in {checkpoint.folder} is not what the bundle was fitted on. Get "
+                          f"revision {revision} as it was, or fit again.")
+    return checkpoint
