@@ -1,8 +1,8 @@
 """The bundle: what a user takes home. Head weights as safetensors, one JSON, a model card; no code, no pickles.
 
-    head.safetensors   weight [classes, width], bias [classes]
-    bundle.json        the fields of Bundle but the head
-    README.md          the model card
+head.safetensors   weight [classes, width], bias [classes]
+bundle.json        the fields of Bundle but the head
+README.md          the model card
 """
 
 import json
@@ -69,13 +69,16 @@ def load(url: str) -> Bundle:
         fields = json.loads((folder / "bundle.json").read())
         version = fields.pop("version")
         if version != VERSION:
-            raise BundleError(f"{url} is a bundle of version {version}; this bertray reads version {VERSION}. "
-                              "Install the bertray that wrote it, or fit again.")
+            raise BundleError(
+                f"{url} is a bundle of version {version}; this bertray reads version {VERSION}. "
+                "Install the bertray that wrote it, or fit again."
+            )
         head = LinearHead(**from_bytes((folder / "head.safetensors").read()))
         bundle = Bundle(**{**fields, "labels": tuple(fields["labels"]), "losses": tuple(fields["losses"])}, head=head)
     except FileNotFoundError:
-        raise BundleError(f"{url} is not a bundle: it has no bundle.json and head.safetensors. "
-                          "Give the folder head/ of a run.") from None
+        raise BundleError(
+            f"{url} is not a bundle: it has no bundle.json and head.safetensors. Give the folder head/ of a run."
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError, OSError) as error:
         raise BundleError(f"{url} is damaged ({error}). Fit it again, or copy it again.") from None
     if head.weight.shape[0] != len(bundle.labels) or head.bias.shape != head.weight.shape[:1]:
@@ -85,24 +88,28 @@ def load(url: str) -> Bundle:
 
 def _card(bundle: Bundle) -> str:
     encoder = bundle.encoder
-    rows = "\n".join(
-        f"| {split} | {m['rows']:.0f} | {m['accuracy']:.4f} | {m['macro_f1']:.4f} | {m['loss']:.4f} |"
-        for split, m in bundle.metrics.items()) or "| not evaluated yet | | | | |"
+    rows = (
+        "\n".join(
+            f"| {split} | {m['rows']:.0f} | {m['accuracy']:.4f} | {m['macro_f1']:.4f} | {m['loss']:.4f} |"
+            for split, m in bundle.metrics.items()
+        )
+        or "| not evaluated yet | | | | |"
+    )
     settings = ", ".join(f"{name} {value}" for name, value in bundle.head_spec.items())
     return f"""---
 library_name: bertray
 pipeline_tag: {bundle.task}
-base_model: {encoder['model']}
+base_model: {encoder["model"]}
 ---
-# {bundle.task} on {encoder['model']}
+# {bundle.task} on {encoder["model"]}
 
-A linear head on frozen vectors, fitted by [bertray]. It holds no encoder: `{encoder['model']}`
-(revision {encoder['revision']}, weights sha256 {encoder['identity']['weights'][:16]}...) is loaded beside it.
+A linear head on frozen vectors, fitted by [bertray]. It holds no encoder: `{encoder["model"]}`
+(revision {encoder["revision"]}, weights sha256 {encoder["identity"]["weights"][:16]}...) is loaded beside it.
 
-- Labels: {', '.join(bundle.labels)}
-- Input: {'pairs of texts' if bundle.pairs else 'single texts'}, at most {encoder['max_length']} tokens
-  (longer ones: {encoder['truncation']})
-- Vectors: {encoder['pooling']} pooling, {bundle.head.weight.shape[1]} wide, precision {encoder['precision']}
+- Labels: {", ".join(bundle.labels)}
+- Input: {"pairs of texts" if bundle.pairs else "single texts"}, at most {encoder["max_length"]} tokens
+  (longer ones: {encoder["truncation"]})
+- Vectors: {encoder["pooling"]} pooling, {bundle.head.weight.shape[1]} wide, precision {encoder["precision"]}
 - Fitted with: {settings}
 
 | split | rows | accuracy | macro F1 | log loss |

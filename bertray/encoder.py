@@ -114,14 +114,17 @@ def _load(checkpoint: Checkpoint, spec: EncoderSpec, dtype: torch.dtype) -> Any:
     logging.disable_progress_bar()
     try:
         model, info = AutoModel.from_pretrained(
-            checkpoint.folder, dtype=dtype, output_loading_info=True, local_files_only=True)
+            checkpoint.folder, dtype=dtype, output_loading_info=True, local_files_only=True
+        )
     except Exception as error:  # transformers raises many kinds: say what it said
         raise CheckpointError(f"{checkpoint.name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     missing = set(info["missing_keys"])
     pooler = {key for key in missing if "pooler" in key}
     if missing - pooler:
-        raise CheckpointError(f"{checkpoint.name} lacks weights, such as {min(missing - pooler)}. "
-                              "Give a checkpoint of an encoder of BERT's family.")
+        raise CheckpointError(
+            f"{checkpoint.name} lacks weights, such as {min(missing - pooler)}. "
+            "Give a checkpoint of an encoder of BERT's family."
+        )
     if spec.pooling == "pooler" and (pooler or getattr(model, "pooler", None) is None):
         raise CheckpointError(f"{checkpoint.name} has no trained pooler. Set encoder.pooling to mean, cls or max.")
     limit = getattr(model.config, "max_position_embeddings", spec.max_length)
@@ -130,6 +133,7 @@ def _load(checkpoint: Checkpoint, spec: EncoderSpec, dtype: torch.dtype) -> Any:
     unused = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
     limit -= 0 if unused is None else unused + 1
     if spec.max_length > limit:
-        raise CheckpointError(f"encoder.max_length must be at most {limit} for {checkpoint.name}. "
-                              f"Got {spec.max_length} instead.")
+        raise CheckpointError(
+            f"encoder.max_length must be at most {limit} for {checkpoint.name}. Got {spec.max_length} instead."
+        )
     return model.eval().requires_grad_(False)

@@ -29,5 +29,7 @@ class ClusterError(BertrayError):
     """The Ray cluster cannot be reached or has not what the spec asks for."""
 
 
-ERRORS = {kind.__name__: kind for kind in (
-    BertrayError, SpecError, SourceError, CheckpointError, StoreError, BundleError, ClusterError)}
+ERRORS = {
+    kind.__name__: kind
+    for kind in (BertrayError, SpecError, SourceError, CheckpointError, StoreError, BundleError, ClusterError)
+}

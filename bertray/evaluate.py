@@ -32,12 +32,17 @@ class Evaluation:
 
     @property
     def summary(self) -> dict[str, float]:
-        return {"accuracy": metrics.accuracy(self.confusion), "macro_f1": metrics.macro_f1(self.confusion),
-                "loss": self.loss, "rows": self.rows}
+        return {
+            "accuracy": metrics.accuracy(self.confusion),
+            "macro_f1": metrics.macro_f1(self.confusion),
+            "loss": self.loss,
+            "rows": self.rows,
+        }
 
 
-def evaluate(store: Store, head: LinearHead, classes: Mapping[str, int], names: Sequence[str],
-             predictions: Location) -> Evaluation:
+def evaluate(
+    store: Store, head: LinearHead, classes: Mapping[str, int], names: Sequence[str], predictions: Location
+) -> Evaluation:
     """Judge a head by every row of a complete, labelled store, and write what it gave each row.
 
     Writes: predictions, a Parquet file with id, text (and text_pair), label, predicted, score (the probability
@@ -54,9 +59,13 @@ def evaluate(store: Store, head: LinearHead, classes: Mapping[str, int], names: 
         matrix += metrics.confusion(true, given, len(names))
         total += float(loss.sum())
         answers = table.drop_columns(["vector"]).set_column(
-            table.column_names.index("label"), "label", pa.array([names[i] for i in true]))
-        answers = (answers.append_column("predicted", pa.array([names[i] for i in given]))
-                   .append_column("score", pa.array(probabilities.max(1))).append_column("loss", pa.array(loss)))
+            table.column_names.index("label"), "label", pa.array([names[i] for i in true])
+        )
+        answers = (
+            answers.append_column("predicted", pa.array([names[i] for i in given]))
+            .append_column("score", pa.array(probabilities.max(1)))
+            .append_column("loss", pa.array(loss))
+        )
         wrong = np.flatnonzero(given != true)
         worst += answers.take(wrong[np.argsort(-loss[wrong], kind="stable")[:_WORST]]).to_pylist()
         worst = sorted(worst, key=lambda row: -row["loss"])[:_WORST]

@@ -22,8 +22,19 @@ from bertray.errors import SourceError
 from bertray.storage import Location
 
 EXTENSIONS = {
-    "parquet": "parquet", "pq": "parquet", "arrow": "arrow", "feather": "arrow", "ipc": "arrow", "csv": "csv",
-    "tsv": "tsv", "tab": "tsv", "jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "txt": "text", "text": "text",
+    "parquet": "parquet",
+    "pq": "parquet",
+    "arrow": "arrow",
+    "feather": "arrow",
+    "ipc": "arrow",
+    "csv": "csv",
+    "tsv": "tsv",
+    "tab": "tsv",
+    "jsonl": "jsonl",
+    "ndjson": "jsonl",
+    "json": "json",
+    "txt": "text",
+    "text": "text",
 }
 _COMPRESSIONS = {"gz": "gzip", "zst": "zstd", "bz2": "bz2", "lz4": "lz4"}
 _CHUNK = 8192
@@ -109,8 +120,10 @@ class Rows(ABC):
     def _check_columns(self, names: Sequence[str]) -> None:
         missing = [column for column in self.columns if column not in names]
         if missing:
-            raise SourceError(f"{self.url} has no column {missing[0]!r}. It has: {', '.join(names)}. "
-                              "Set data.text, data.label and so on to the names in the file.")
+            raise SourceError(
+                f"{self.url} has no column {missing[0]!r}. It has: {', '.join(names)}. "
+                "Set data.text, data.label and so on to the names in the file."
+            )
 
 
 class _Batches(Rows):
@@ -216,7 +229,7 @@ class _Lines(Rows):
     """A record a line. Lines end at \\n alone: text holds U+0085, U+2028 and lone \\r."""
 
     def _open(self, location: Location) -> None:
-        self._lines = io.BufferedReader(location.open("detect"), 1 << 20)  # type: ignore[arg-type]
+        self._lines = io.BufferedReader(location.open("detect"), 1 << 20)
 
     def _skip(self, rows: int) -> int:
         return sum(1 for _ in itertools.islice(self._lines, rows))
@@ -280,8 +293,10 @@ def _from_records(records: list[Any], rows: Rows) -> pa.Table:
     """Records of JSON as a table. A key that a record lacks is null, but some record has to have it."""
     for number, record in enumerate(records, rows.position + 1):
         if not isinstance(record, dict):
-            raise SourceError(f"{rows.url}: record {number} must be an object such as "
-                              f'{{"text": ...}}. Got {str(record)[:60]!r} instead.')
+            raise SourceError(
+                f"{rows.url}: record {number} must be an object such as "
+                f'{{"text": ...}}. Got {str(record)[:60]!r} instead.'
+            )
     if records and rows.position == 0:
         rows._check_columns(list(dict.fromkeys(key for record in records for key in record)))
     arrays = {}
@@ -291,10 +306,12 @@ def _from_records(records: list[Any], rows: Rows) -> pa.Table:
             arrays[column] = pa.array(values)
         except (pa.ArrowException, OverflowError):  # strings and numbers, say: all as strings, as in a CSV file
             if odd := [value for value in values if isinstance(value, (list, dict))]:
-                raise SourceError(f"{rows.url}: column {column!r} must hold strings or numbers. "
-                                  f"Got {str(odd[0])[:60]} instead.") from None
-            arrays[column] = pa.array([value if isinstance(value, str | None) else json.dumps(value)
-                                       for value in values], pa.string())
+                raise SourceError(
+                    f"{rows.url}: column {column!r} must hold strings or numbers. Got {str(odd[0])[:60]} instead."
+                ) from None
+            arrays[column] = pa.array(
+                [value if isinstance(value, str | None) else json.dumps(value) for value in values], pa.string()
+            )
     return pa.table(arrays)
 
 
@@ -304,6 +321,11 @@ def _is_array(location: Location) -> bool:
 
 
 _KINDS: dict[str, type[Rows]] = {
-    "parquet": _Parquet, "arrow": _Arrow, "csv": _Csv, "tsv": _Tsv, "jsonl": _JsonLines, "json": _JsonArray,
+    "parquet": _Parquet,
+    "arrow": _Arrow,
+    "csv": _Csv,
+    "tsv": _Tsv,
+    "jsonl": _JsonLines,
+    "json": _JsonArray,
     "text": _Text,
 }

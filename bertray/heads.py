@@ -37,8 +37,15 @@ class LinearHead:
         return logits
 
 
-def linear_objective(weight: "torch.Tensor", bias: "torch.Tensor", vectors: "torch.Tensor",
-                     classes: "torch.Tensor", l2: float, rows: int, share: float = 1.0) -> "torch.Tensor":
+def linear_objective(
+    weight: "torch.Tensor",
+    bias: "torch.Tensor",
+    vectors: "torch.Tensor",
+    classes: "torch.Tensor",
+    l2: float,
+    rows: int,
+    share: float = 1.0,
+) -> "torch.Tensor":
     """The objective over some of `rows` rows: the shares that workers compute add up to the whole.
 
     Args:

@@ -24,8 +24,10 @@ def check(labels: Iterable[str], names: Sequence[str], place: str) -> None:
     for label in labels:
         if label not in known:
             shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-            raise SourceError(f"{place}: label {label!r} is none of data.labels ({shown}) nor a number "
-                              f"from 0 to {len(names) - 1}. Correct the rows or the names.")
+            raise SourceError(
+                f"{place}: label {label!r} is none of data.labels ({shown}) nor a number "
+                f"from 0 to {len(names) - 1}. Correct the rows or the names."
+            )
 
 
 def index(distinct: Iterable[str], names: Sequence[str]) -> dict[str, int]:
@@ -45,8 +47,10 @@ def index(distinct: Iterable[str], names: Sequence[str]) -> dict[str, int]:
         return {label: names.index(label) for label in labels}
     mixed = [label for label in labels if not (_is_number(label) and int(label) < len(names))]
     if mixed:
-        raise SourceError(f"Label {mixed[0]!r} is none of the label names ({', '.join(names[:10])}), which other "
-                          "splits or rows use. Correct the rows, or give all names in data.labels.")
+        raise SourceError(
+            f"Label {mixed[0]!r} is none of the label names ({', '.join(names[:10])}), which other "
+            "splits or rows use. Correct the rows, or give all names in data.labels."
+        )
     return {label: int(label) for label in labels}
 
 

@@ -19,8 +19,12 @@ def accuracy(matrix: Counts) -> float:
 def per_class(matrix: Counts) -> dict[str, NDArray[np.float64]]:
     """precision, recall, f1 and support of each class, [classes] each; 0 where they are not defined."""
     hits, support, given = np.diag(matrix), matrix.sum(1), matrix.sum(0)
-    return {"precision": hits / np.maximum(given, 1), "recall": hits / np.maximum(support, 1),
-            "f1": 2 * hits / np.maximum(support + given, 1), "support": support.astype(float)}
+    return {
+        "precision": hits / np.maximum(given, 1),
+        "recall": hits / np.maximum(support, 1),
+        "f1": 2 * hits / np.maximum(support + given, 1),
+        "support": support.astype(float),
+    }
 
 
 def macro_f1(matrix: Counts) -> float:

@@ -27,8 +27,14 @@ from bertray.store import Manifest, Store, vectors_of
 STEPS = ("embed", "fit", "evaluate")
 
 
-def run(spec: str | Path | Mapping[str, Any] | Spec, *, train: Any = None, test: Any = None,
-        overrides: Sequence[str] = (), until: str = "evaluate") -> dict[str, Any]:
+def run(
+    spec: str | Path | Mapping[str, Any] | Spec,
+    *,
+    train: Any = None,
+    test: Any = None,
+    overrides: Sequence[str] = (),
+    until: str = "evaluate",
+) -> dict[str, Any]:
     """Run a spec, all of it or until one of its steps.
 
     Args:
@@ -133,8 +139,15 @@ class _Run:
 
         names, classes = self._classes()
         train = self.manifests["train"]
-        made = fingerprint({"store": train.fingerprint, "units": [unit.unit for unit in train.units],
-                            "labels": names, "classes": classes, "head": self.spec.head.model_dump()})
+        made = fingerprint(
+            {
+                "store": train.fingerprint,
+                "units": [unit.unit for unit in train.units],
+                "labels": names,
+                "classes": classes,
+                "head": self.spec.head.model_dump(),
+            }
+        )
         folder = (self.folder / "head").url
         if (Location(folder) / "bundle.json").exists() and (bundle := bundles.load(folder)).fingerprint == made:
             log.info("fitting: done already")
@@ -145,15 +158,32 @@ class _Run:
         fitted = fit(self._store("train"), classes, len(names), self.spec.head, self.spec.ray.fit_workers)
         columns = self.spec.data.model_dump(include={"text", "text_pair", "label", "id"})
         encoder = {**self.spec.encoder.model_dump(), "identity": self.checkpoint.identity}
-        bundle = Bundle(self.spec.task, names, encoder, columns, self.spec.head.model_dump(), tuple(fitted.losses),
-                        fitted.seconds, made, versions(), fitted.head, {})
+        bundle = Bundle(
+            self.spec.task,
+            names,
+            encoder,
+            columns,
+            self.spec.head.model_dump(),
+            tuple(fitted.losses),
+            fitted.seconds,
+            made,
+            versions(),
+            fitted.head,
+            {},
+        )
         bundles.save(bundle, folder)
         return bundle
 
     def evaluate(self, bundle: Bundle) -> dict[str, Any]:
-        made = fingerprint({"bundle": bundle.fingerprint, "splits": {
-            name: [manifest.fingerprint, *(unit.unit for unit in manifest.units)]
-            for name, manifest in self.manifests.items()}})
+        made = fingerprint(
+            {
+                "bundle": bundle.fingerprint,
+                "splits": {
+                    name: [manifest.fingerprint, *(unit.unit for unit in manifest.units)]
+                    for name, manifest in self.manifests.items()
+                },
+            }
+        )
         path = self.folder / "metrics.json"
         saved = json.loads(path.read()) if path.exists() else {}
         if saved.get("fingerprint") == made:
@@ -161,10 +191,16 @@ class _Run:
             return saved
         self.seconds = {**saved.get("seconds", {}), **{k: v for k, v in self.seconds.items() if v}}
         names, classes = self._classes()
-        evaluations: dict[str, Evaluation] = self._timed("evaluate", lambda: {
-            name: evaluate(self._store(name), bundle.head, classes, names,
-                           self.folder / "predictions" / f"{name}.parquet")
-            for name in ("train", "test") if name in self.manifests})
+        evaluations: dict[str, Evaluation] = self._timed(
+            "evaluate",
+            lambda: {
+                name: evaluate(
+                    self._store(name), bundle.head, classes, names, self.folder / "predictions" / f"{name}.parquet"
+                )
+                for name in ("train", "test")
+                if name in self.manifests
+            },
+        )
         metrics = {name: evaluation.summary for name, evaluation in evaluations.items()}
         bundle = replace(bundle, metrics=metrics)
         bundles.save(bundle, (self.folder / "head").url)
@@ -184,10 +220,11 @@ class _Run:
         """The label names, and what class each label of the train and test rows stands for."""
         names = self.label_names or labels.find_names(self.manifests["train"].labels)
         if len(names) < 2:
-            raise SourceError(f"The training rows have one label only ({', '.join(names)}): there is nothing to tell "
-                              "apart. Give rows with at least two.")
-        seen = [label for name in ("train", "test") if name in self.manifests
-                for label in self.manifests[name].labels]
+            raise SourceError(
+                f"The training rows have one label only ({', '.join(names)}): there is nothing to tell "
+                "apart. Give rows with at least two."
+            )
+        seen = [label for name in ("train", "test") if name in self.manifests for label in self.manifests[name].labels]
         return names, labels.index(seen, names)
 
     def _examples(self, bundle: Bundle) -> list[dict[str, Any]]:
@@ -199,19 +236,38 @@ class _Run:
         return answers
 
     def _summary(self, **more: Any) -> dict[str, Any]:
-        rows = {name: {**{count: manifest.total(count) for count in ("rows", "rejected", "empty", "truncated", "tokens")},
-                       "reasons": reasons(self._store(name)) if manifest.total("rejected") else {}}
-                for name, manifest in self.manifests.items() if name != "examples"}
-        return {"output": self.folder.url, "report": (self.folder / "report.html").url,
-                "bundle": (self.folder / "head").url, "task": self.spec.task,
-                "encoder": self.spec.encoder.model_dump(), "rows": rows, "seconds": self.seconds, **more}
+        rows = {
+            name: {
+                **{count: manifest.total(count) for count in ("rows", "rejected", "empty", "truncated", "tokens")},
+                "reasons": reasons(self._store(name)) if manifest.total("rejected") else {},
+            }
+            for name, manifest in self.manifests.items()
+            if name != "examples"
+        }
+        return {
+            "output": self.folder.url,
+            "report": (self.folder / "report.html").url,
+            "bundle": (self.folder / "head").url,
+            "task": self.spec.task,
+            "encoder": self.spec.encoder.model_dump(),
+            "rows": rows,
+            "seconds": self.seconds,
+            **more,
+        }
 
     def _report(self, summary: dict[str, Any], evaluations: Mapping[str, Evaluation], bundle: Bundle) -> None:
         from bertray.report import html
 
         spec = yaml.safe_dump(self.spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        page = html(self.folder.url.rstrip("/").rpartition("/")[2], summary, evaluations, bundle.labels,
-                    bundle.losses, spec, bundle.versions)
+        page = html(
+            self.folder.url.rstrip("/").rpartition("/")[2],
+            summary,
+            evaluations,
+            bundle.labels,
+            bundle.losses,
+            spec,
+            bundle.versions,
+        )
         (self.folder / "report.html").write(page.encode())
 
 
@@ -222,8 +278,7 @@ def _import_trainer() -> None:
 def _output(output: str) -> Location:
     """Where a run is written. A submitted job runs in a copy of the working folder that Ray deletes afterwards:
     there a relative folder is taken from the home folder instead."""
-    if "://" not in output and not Path(output).expanduser().is_absolute() \
-            and "runtime_resources" in Path.cwd().parts:
+    if "://" not in output and not Path(output).expanduser().is_absolute() and "runtime_resources" in Path.cwd().parts:
         output = str(Path.home() / output)
         log.warning("The working folder of this job is temporary: the run is written to %s instead.", output)
     return Location(output)

@@ -65,7 +65,9 @@ class Predictor:
             texts, pairs = [texts], None if pairs is None else [pairs] if isinstance(pairs, str) else pairs
         if self.bundle.pairs != (pairs is not None):
             takes = "pairs of texts" if self.bundle.pairs else "single texts"
-            raise BertrayError(f"This bundle takes {takes}: call predict({'texts, pairs' if self.bundle.pairs else 'texts'}).")
+            raise BertrayError(
+                f"This bundle takes {takes}: call predict({'texts, pairs' if self.bundle.pairs else 'texts'})."
+            )
         if pairs is not None and len(pairs) != len(texts):
             raise BertrayError(f"texts and pairs must be of one length. Got {len(texts)} and {len(pairs)} instead.")
         for text in (*texts, *(pairs or ())):
@@ -104,8 +106,9 @@ def _refuse_other(store: Store, fingerprint: str, output: str) -> None:
     """Shards of another bundle or source must not mix with these: the folder remembers what it is for."""
     marker = store.location / "made-by.txt"
     if marker.exists() and marker.read().decode() != fingerprint:
-        raise BertrayError(f"{store.url} holds predictions of another bundle or input. Delete it, or give another "
-                           "--output.")
+        raise BertrayError(
+            f"{store.url} holds predictions of another bundle or input. Delete it, or give another --output."
+        )
     if not marker.exists() and store.location.files():
         raise BertrayError(f"{output} is a folder that holds other files. Give a folder of its own as --output.")
     marker.write(fingerprint.encode())
@@ -122,9 +125,12 @@ class WithPredictions:
         probabilities = self.head.probabilities(vectors)
         flat = pa.array(probabilities.reshape(-1))
         label = pa.array([self.labels[i] for i in probabilities.argmax(1)], pa.string())
-        return (rows.drop_columns(["label"]).append_column("label", label)
-                .append_column("score", pa.array(probabilities.max(1)))
-                .append_column("probabilities", pa.FixedSizeListArray.from_arrays(flat, len(self.labels))))
+        return (
+            rows.drop_columns(["label"])
+            .append_column("label", label)
+            .append_column("score", pa.array(probabilities.max(1)))
+            .append_column("probabilities", pa.FixedSizeListArray.from_arrays(flat, len(self.labels)))
+        )
 
 
 def _join(store: Store, target: Location, kind: str, bundle: Bundle) -> None:
@@ -162,6 +168,8 @@ def _checkpoint(bundle: Bundle) -> Checkpoint:
     checkpoint = checkpoints.find(name, revision)
     if checkpoint.identity != identity:
         other = next(part for part in identity if checkpoint.identity.get(part) != identity[part])
-        raise BundleError(f"The {other} of {name} in {checkpoint.folder} is not what the bundle was fitted on. Get "
-                          f"revision {revision} as it was, or fit again.")
+        raise BundleError(
+            f"The {other} of {name} in {checkpoint.folder} is not what the bundle was fitted on. Get "
+            f"revision {revision} as it was, or fit again."
+        )
     return checkpoint

@@ -15,15 +15,24 @@ class Progress:
     """Counts up to a total with rate and ETA, on stderr."""
 
     def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
-        self._bar = tqdm(total=total, initial=done, desc=title, unit=f" {unit}", dynamic_ncols=True,
-                         disable=not sys.stderr.isatty(), file=sys.stderr)
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            desc=title,
+            unit=f" {unit}",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+            file=sys.stderr,
+        )
         self._title, self._unit, self._total, self._done, self._first = title, unit, total, done, done
         self._started = self._logged = time.monotonic()
 
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.close()
 
     def add(self, count: int, note: str = "") -> None:
@@ -36,5 +45,14 @@ class Progress:
             self._logged = now
             rate = (self._done - self._first) / max(now - self._started, 1e-9)
             eta = tqdm.format_interval((self._total - self._done) / max(rate, 1e-9))
-            log.info("%s: %d of %d %s, %.0f %s/s, ETA %s%s", self._title, self._done, self._total, self._unit,
-                     rate, self._unit, eta, f", {note}" if note else "")
+            log.info(
+                "%s: %d of %d %s, %.0f %s/s, ETA %s%s",
+                self._title,
+                self._done,
+                self._total,
+                self._unit,
+                rate,
+                self._unit,
+                eta,
+                f", {note}" if note else "",
+            )

@@ -14,8 +14,15 @@ from bertray import metrics
 _MANY = 30  # classes from which on names and counts no longer fit a picture
 
 
-def html(title: str, summary: Mapping[str, Any], splits: Mapping[str, Any], labels: Sequence[str],
-         losses: Sequence[float], spec: str, versions: Mapping[str, str]) -> str:
+def html(
+    title: str,
+    summary: Mapping[str, Any],
+    splits: Mapping[str, Any],
+    labels: Sequence[str],
+    losses: Sequence[float],
+    spec: str,
+    versions: Mapping[str, str],
+) -> str:
     """The page.
 
     Args:
@@ -30,15 +37,25 @@ def html(title: str, summary: Mapping[str, Any], splits: Mapping[str, Any], labe
     template = environment.from_string((files("bertray") / "templates" / "report.html").read_text(encoding="utf-8"))
     judged = "test" if "test" in splits else "train"
     return template.render(
-        title=title, summary=summary, splits=splits, judged=judged, labels=labels, spec=spec, versions=versions,
-        table=_class_table(splits[judged].confusion, labels), curve=_curve(losses),
-        matrix=_matrix(splits[judged].confusion, labels))
+        title=title,
+        summary=summary,
+        splits=splits,
+        judged=judged,
+        labels=labels,
+        spec=spec,
+        versions=versions,
+        table=_class_table(splits[judged].confusion, labels),
+        curve=_curve(losses),
+        matrix=_matrix(splits[judged].confusion, labels),
+    )
 
 
 def _class_table(confusion: NDArray[np.int64], labels: Sequence[str]) -> list[dict[str, Any]]:
     columns = metrics.per_class(confusion)
-    rows = [{"label": label, **{name: float(values[i]) for name, values in columns.items()}}
-            for i, label in enumerate(labels)]
+    rows = [
+        {"label": label, **{name: float(values[i]) for name, values in columns.items()}}
+        for i, label in enumerate(labels)
+    ]
     return sorted(rows, key=lambda row: row["f1"]) if len(rows) > _MANY else rows
 
 
@@ -63,11 +80,23 @@ def _matrix(confusion: NDArray[np.int64], labels: Sequence[str]) -> str:
     axes.set_ylabel("true")
     if few:
         short = [label if len(label) <= 18 else label[:17] + "…" for label in labels]
-        axes.set_xticks(range(len(labels)), short, rotation=30 if len(labels) > 4 else 0, ha="right" if len(labels) > 4 else "center")
+        axes.set_xticks(
+            range(len(labels)),
+            short,
+            rotation=30 if len(labels) > 4 else 0,
+            ha="right" if len(labels) > 4 else "center",
+        )
         axes.set_yticks(range(len(labels)), short)
         for (row, column), count in np.ndenumerate(confusion):
-            axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=10 if len(labels) < 12 else 6,
-                      color="white" if shares[row, column] > 0.55 else "#1f2937")
+            axes.text(
+                column,
+                row,
+                f"{count:,}",
+                ha="center",
+                va="center",
+                fontsize=10 if len(labels) < 12 else 6,
+                color="white" if shares[row, column] > 0.55 else "#1f2937",
+            )
     return _svg(figure)
 
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import logging
+import time
 from typing import Any
 
 from bertray import bundle as bundles
@@ -27,8 +29,12 @@ def application(bundle_url: str, threads: int = 0, num_cpus: float = 1, num_gpus
     bundles.load(bundle_url)  # a wrong path shows here, not in a replica
     app = FastAPI(title="bertray", version=__version__)
 
-    @serve.deployment(name="bertray", num_replicas=1, max_ongoing_requests=4 * MAX_BATCH,
-                      ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus})
+    @serve.deployment(
+        name="bertray",
+        num_replicas=1,
+        max_ongoing_requests=4 * MAX_BATCH,
+        ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
+    )
     @serve.ingress(app)
     class Service:
         def __init__(self) -> None:
@@ -54,8 +60,14 @@ def application(bundle_url: str, threads: int = 0, num_cpus: float = 1, num_gpus
         @app.get("/info")
         async def info(self) -> dict[str, Any]:
             bundle = self.predictor.bundle
-            return {"task": bundle.task, "labels": bundle.labels, "encoder": bundle.encoder["model"],
-                    "pooling": bundle.encoder["pooling"], "pairs": bundle.pairs, "fingerprint": bundle.fingerprint}
+            return {
+                "task": bundle.task,
+                "labels": bundle.labels,
+                "encoder": bundle.encoder["model"],
+                "pooling": bundle.encoder["pooling"],
+                "pairs": bundle.pairs,
+                "fingerprint": bundle.fingerprint,
+            }
 
     return Service.bind()  # type: ignore[attr-defined]
 
@@ -65,8 +77,10 @@ def answer(predictor: Predictor, inputs: list[Any]) -> list[list[dict[str, Any]]
     bundle = predictor.bundle
     texts = [item[0] for item in inputs] if bundle.pairs else inputs
     pairs = [item[1] for item in inputs] if bundle.pairs else None
-    return [[{"label": bundle.labels[i], "score": float(row[i])} for i in row.argsort()[::-1]]
-            for row in predictor.predict(texts, pairs).probabilities]
+    return [
+        [{"label": bundle.labels[i], "score": float(row[i])} for i in row.argsort()[::-1]]
+        for row in predictor.predict(texts, pairs).probabilities
+    ]
 
 
 def parse(body: bytes, pairs: bool) -> tuple[list[Any], bool]:
@@ -97,27 +111,31 @@ def parse(body: bytes, pairs: bool) -> tuple[list[Any], bool]:
 def _is_input(item: Any, pairs: bool) -> bool:
     """Whether it is one text, or one pair of texts, that can be encoded."""
     texts = item if pairs else [item]
-    return isinstance(texts, list) and len(texts) == (2 if pairs else 1) and all(
-        isinstance(text, str) and not any("\ud800" <= c <= "\udfff" for c in text) for text in texts)
+    return (
+        isinstance(texts, list)
+        and len(texts) == (2 if pairs else 1)
+        and all(isinstance(text, str) and not any("\ud800" <= c <= "\udfff" for c in text) for text in texts)
+    )
 
 
 def run(bundle_url: str, host: str, port: int) -> None:
     """Serve a bundle on the connected Ray cluster until interrupted."""
-    import time
-
     import ray
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     total = ray.cluster_resources()
     cpus, gpus = max(1, int(total.get("CPU", 1))), int(total.get("GPU", 0))
     app = application(bundle_url, threads=min(4, cpus), num_cpus=0.5, num_gpus=1 if gpus else 0)
     serve.start(http_options={"host": host, "port": port})
     serve.run(app, name="bertray", route_prefix="/")
-    print(f"Serving {bundle_url} at http://{host}:{port}/predict (Ctrl-C stops it). Try:\n"
-          f"  curl http://{host}:{port}/predict -H 'content-type: application/json' -d '{{\"inputs\": \"so happy\"}}'",
-          flush=True)
+    print(
+        f"Serving {bundle_url} at http://{host}:{port}/predict (Ctrl-C stops it). Try:\n"
+        f"  curl http://{host}:{port}/predict -H 'content-type: application/json' -d '{{\"inputs\": \"so happy\"}}'",
+        flush=True,
+    )
     try:
         while True:
             time.sleep(3600)
     finally:
-        serve.shutdown()
+        serve.delete("bertray")

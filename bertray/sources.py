@@ -100,8 +100,10 @@ def find_files(source: Source) -> list[FileInfo]:
     """The files that a source with a path names, sorted by name."""
     files = Location(source.path).match()
     if not files:
-        raise SourceError(f"{source.path} does not exist, or no file fits it. Check the path (relative paths start "
-                          "at the folder where the command is run).")
+        raise SourceError(
+            f"{source.path} does not exist, or no file fits it. Check the path (relative paths start "
+            "at the folder where the command is run)."
+        )
     if source.format == "auto" and len(files) > 1:
         files = [file for file in files if format_of(file.name)]  # a folder may hold a README and the like
     return files
@@ -184,8 +186,9 @@ def _keys(table: pa.Table, name: str, place: str) -> pa.ChunkedArray:
         if pc.all(pc.equal(column, pc.floor(column))).as_py() is not False:
             column = column.cast(pa.int64())
     if not any(test(column.type) for test in (_is_string, pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)):
-        raise SourceError(f"{place}: column {name!r} must hold strings or whole numbers. "
-                          f"It holds {column.type} instead.")
+        raise SourceError(
+            f"{place}: column {name!r} must hold strings or whole numbers. It holds {column.type} instead."
+        )
     return column.cast(pa.string())
 
 
@@ -224,15 +227,18 @@ def _check_names(rows: Any, columns: Columns) -> None:
     names = names() if callable(names) else names
     for name in columns.names:
         if name not in names:
-            raise SourceError(f"The rows have no column {name!r}. They have: {', '.join(map(str, names))}. "
-                              "Set data.text, data.label and so on to the names there.")
+            raise SourceError(
+                f"The rows have no column {name!r}. They have: {', '.join(map(str, names))}. "
+                "Set data.text, data.label and so on to the names there."
+            )
 
 
 def _tables(rows: Any, names: Iterable[str]) -> Iterator[pa.Table]:
     names = list(names)
     if hasattr(rows, "iter_batches"):  # a Ray Dataset
         batches: Iterable[Any] = rows.select_columns(names).iter_batches(
-            batch_size=_STAGED_ROWS, batch_format="pyarrow")
+            batch_size=_STAGED_ROWS, batch_format="pyarrow"
+        )
     elif hasattr(rows, "with_format"):  # a datasets.Dataset
         batches = rows.select_columns(names).with_format("arrow").iter(_STAGED_ROWS)
     else:
@@ -254,14 +260,17 @@ def from_hub(source: Source) -> Any:
     try:
         if source.hub:
             found = datasets.load_dataset(
-                source.hub, source.config or None, split=source.split or None, revision=source.revision)
+                source.hub, source.config or None, split=source.split or None, revision=source.revision
+            )
         else:
             found = datasets.load_from_disk(source.path)
             if source.split:
                 found = _slice(found, source.split)
     except Exception as error:  # the library and its loaders raise many kinds: say what they said
-        raise SourceError(f"The data set {place} cannot be loaded: {' '.join(str(error).split())[:300]} "
-                          "Check name, config, split and revision, or download it first.") from error
+        raise SourceError(
+            f"The data set {place} cannot be loaded: {' '.join(str(error).split())[:300]} "
+            "Check name, config, split and revision, or download it first."
+        ) from error
     if isinstance(found, dict):
         raise SourceError(f"{place} has several splits. Set split to one of: {', '.join(found)}.")
     return found.select(range(min(source.limit, len(found)))) if source.limit else found
@@ -282,4 +291,3 @@ def is_saved_dataset(source: Source) -> bool:
         return False
     folder = Location(source.path)
     return any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
-

@@ -39,7 +39,8 @@ class Source(Part):
     split: str = Field("", description="split of a hub or save_to_disk data set, slices allowed: train[:2000]")
     revision: str = Field("main", description="revision of the hub data set")
     format: Literal["auto", "parquet", "arrow", "csv", "tsv", "json", "jsonl", "text"] = Field(
-        "auto", description="format of the files; auto goes by their names")
+        "auto", description="format of the files; auto goes by their names"
+    )
     limit: int = Field(0, ge=0, description="read at most this many rows; 0 reads all")
 
     @model_validator(mode="before")
@@ -68,7 +69,8 @@ class Data(Part):
     label: str = Field("label", description="column of the label")
     id: str = Field("", description="column of the row's id; empty derives ids from file and row")
     labels: tuple[str, ...] = Field(
-        (), description="label names in the order of their numbers; empty takes what the training rows hold")
+        (), description="label names in the order of their numbers; empty takes what the training rows hold"
+    )
     unit_rows: AutoCount = Field("auto", description="rows that are encoded, written and retried together")
 
     @model_validator(mode="after")
@@ -81,23 +83,30 @@ class Data(Part):
 class Encoder(Part):
     """The frozen BERT, and how its output becomes one vector a text."""
 
-    model: str = Field("google-bert/bert-base-uncased", min_length=1,
-                       description="folder, hub name, or a model that an installed package carries")
+    model: str = Field(
+        "google-bert/bert-base-uncased",
+        min_length=1,
+        description="folder, hub name, or a model that an installed package carries",
+    )
     revision: str = Field("main", description="revision of the hub model")
     pooling: Literal["pooler", "cls", "mean", "max"] = Field(
-        "pooler", description="pooler (dense and tanh over [CLS]), [CLS] itself, or mean or max over all tokens")
+        "pooler", description="pooler (dense and tanh over [CLS]), [CLS] itself, or mean or max over all tokens"
+    )
     max_length: int = Field(512, ge=3, description="most tokens a text may have, [CLS] and [SEP] included")
     truncation: Literal["truncate", "error"] = Field(
-        "truncate", description="what becomes of longer texts; how many were truncated is always reported")
+        "truncate", description="what becomes of longer texts; how many were truncated is always reported"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="number format of the encoder; auto takes the fastest with a cosine of 0.999 to fp32")
+        "auto", description="number format of the encoder; auto takes the fastest with a cosine of 0.999 to fp32"
+    )
 
 
 class Head(Part):
     """The linear head and how it is fitted."""
 
     optimizer: Literal["adam", "sgd", "lbfgs"] = Field(
-        "adam", description="adam and sgd run in batches; lbfgs runs on all rows to the optimum")
+        "adam", description="adam and sgd run in batches; lbfgs runs on all rows to the optimum"
+    )
     lr: float = Field(0.01, gt=0, description="learning rate of adam and sgd")
     batch_size: int = Field(32, ge=1, description="rows a step of adam and sgd")
     epochs: int = Field(10, ge=1, description="passes over the rows of adam and sgd")
@@ -124,7 +133,9 @@ class Spec(Part):
     head: Head = Field(Head(), description="the linear head")
     ray: RaySizes = Field(RaySizes(), description="sizes for Ray")
     examples: tuple[str, ...] = Field((), description="texts to label at the end, for a look")
-    output: str = Field("runs/bertray", min_length=1, description="folder of the run; runs/<name of the file> from a file")
+    output: str = Field(
+        "runs/bertray", min_length=1, description="folder of the run; runs/<name of the file> from a file"
+    )
 
     @model_validator(mode="after")
     def _examples_are_single(self) -> "Spec":
@@ -200,8 +211,12 @@ def _words(kind: Any, metadata: Sequence[Any]) -> str:
         return "a mapping"
     if kind is str:
         return "a string that is not empty" if metadata else "a string"
-    bounds = [f"{word} {getattr(constraint, name)}" for constraint in metadata
-              for name, word in (("ge", "of at least"), ("gt", "above")) if hasattr(constraint, name)]
+    bounds = [
+        f"{word} {getattr(constraint, name)}"
+        for constraint in metadata
+        for name, word in (("ge", "of at least"), ("gt", "above"))
+        if hasattr(constraint, name)
+    ]
     return " ".join(["a whole number" if kind is int else "a number", *bounds])
 
 
@@ -296,7 +311,11 @@ _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))

@@ -147,7 +147,7 @@ def _resolve(url: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in url:
         return pafs.LocalFileSystem(), url
     try:
-        return pafs.FileSystem.from_uri(url)  # type: ignore[no-any-return]
+        return pafs.FileSystem.from_uri(url)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError):
         pass  # not one of pyarrow's own: ask fsspec
     try:
@@ -163,5 +163,6 @@ def _glob_regex(pattern: str) -> str:
     """A glob as a regular expression over a relative path; ** spans folders, * and ? stay within one."""
     parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]*\])", pattern)
     special = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return "".join(special.get(part) or (part.replace("[!", "[^") if part.startswith("[") else re.escape(part))
-                   for part in parts)
+    return "".join(
+        special.get(part) or (part.replace("[!", "[^") if part.startswith("[") else re.escape(part)) for part in parts
+    )

@@ -122,8 +122,9 @@ class Store:
             saved = json.loads(self._manifest.read())
             return Manifest(saved["fingerprint"], saved["made_by"], tuple(Receipt(**unit) for unit in saved["units"]))
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{self._manifest} is damaged ({error}). Delete the file: the next run makes it again "
-                             "from the shards.") from None
+            raise StoreError(
+                f"{self._manifest} is damaged ({error}). Delete the file: the next run makes it again from the shards."
+            ) from None
 
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         """The shards in the order of the rows, as tables of those columns."""
@@ -132,18 +133,24 @@ class Store:
             try:
                 table = pq.read_table(shard.open_random(), columns=list(columns))
             except (pa.ArrowException, OSError) as error:
-                raise StoreError(f"{shard} is missing or damaged ({error}). Delete {self._manifest} and the shard: "
-                                 "the next run encodes its rows again.") from None
+                raise StoreError(
+                    f"{shard} is missing or damaged ({error}). Delete {self._manifest} and the shard: "
+                    "the next run encodes its rows again."
+                ) from None
             if table.num_rows != receipt.rows:
-                raise StoreError(f"{shard} has {table.num_rows} rows, not {receipt.rows}. Delete {self._manifest} "
-                                 "and the shard: the next run encodes its rows again.")
+                raise StoreError(
+                    f"{shard} has {table.num_rows} rows, not {receipt.rows}. Delete {self._manifest} "
+                    "and the shard: the next run encodes its rows again."
+                )
             yield table
 
     def load(self) -> tuple[NDArray[Any], list[str]]:
         """All vectors [n, width] in the type they are stored in, and all labels [n]."""
         parts = list(self.tables(["vector", "label"]))
-        return (np.concatenate([vectors_of(part) for part in parts]),
-                [label for part in parts for label in part["label"].to_pylist()])
+        return (
+            np.concatenate([vectors_of(part) for part in parts]),
+            [label for part in parts for label in part["label"].to_pylist()],
+        )
 
     def _complete(self) -> Manifest:
         manifest = self.manifest()

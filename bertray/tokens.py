@@ -69,22 +69,40 @@ class Tokenizer:
         np.cumsum([len(row) for row in ids], out=offsets[1:])
         return Tokens(_flat(ids), _flat(types), offsets, truncated)
 
-    def _encode(self, texts: Sequence[str], pairs: Sequence[str] | None,
-                **options: Any) -> tuple[list[list[int]], list[list[int]]]:
-        encoded = self._tokenizer(list(texts), list(pairs) if pairs is not None else None, verbose=False,
-                                  return_attention_mask=False, return_token_type_ids=True, **options)
+    def _encode(
+        self, texts: Sequence[str], pairs: Sequence[str] | None, **options: Any
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        encoded = self._tokenizer(
+            list(texts),
+            list(pairs) if pairs is not None else None,
+            verbose=False,
+            return_attention_mask=False,
+            return_token_type_ids=True,
+            **options,
+        )
         return encoded["input_ids"], encoded["token_type_ids"]
 
-    def _truncate(self, texts: Sequence[str], pairs: Sequence[str] | None, rows: Ints,
-                  ids: list[list[int]], types: list[list[int]]) -> None:
+    def _truncate(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None,
+        rows: Ints,
+        ids: list[list[int]],
+        types: list[list[int]],
+    ) -> None:
         """Encode the rows that are too long again, cut by the tokenizer (the longer text of a pair first)."""
         if self.truncation == "error":
-            raise SourceError(f"{len(rows)} texts are longer than encoder.max_length ({self.max_length} tokens), such as "
-                              f"{texts[rows[0]][:60]!r} with {len(ids[rows[0]])}. Raise max_length, or set "
-                              "encoder.truncation to truncate.")
+            raise SourceError(
+                f"{len(rows)} texts are longer than encoder.max_length ({self.max_length} tokens), such as "
+                f"{texts[rows[0]][:60]!r} with {len(ids[rows[0]])}. Raise max_length, or set "
+                "encoder.truncation to truncate."
+            )
         cut_ids, cut_types = self._encode(
-            [texts[i] for i in rows], [pairs[i] for i in rows] if pairs is not None else None,
-            truncation=True, max_length=self.max_length)
+            [texts[i] for i in rows],
+            [pairs[i] for i in rows] if pairs is not None else None,
+            truncation=True,
+            max_length=self.max_length,
+        )
         for i, row_ids, row_types in zip(rows, cut_ids, cut_types, strict=True):
             ids[i], types[i] = row_ids, row_types
 
@@ -98,7 +116,7 @@ def packs(lengths: Ints, budget: int) -> list[Ints]:
         For each pack the indices of its texts, rising.
     """
     order = np.argsort(-lengths, kind="stable")
-    cut = []
+    cut: list[Ints] = []
     for run in np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1):
         if len(run):
             size = max(1, budget // max(1, int(lengths[run[0]])))

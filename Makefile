@@ -1,0 +1,49 @@
+# What people run: `make demo`, `make test`. The environment is made once and again when its inputs change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# On Linux, PyPI's torch brings gigabytes of CUDA; a machine without a GPU takes the CPU build instead.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
+
+.PHONY: help demo test check serve clean
+
+help:
+	@echo "make demo   install, then embed, fit, judge and report on the demo rows"
+	@echo "make serve  serve the demo's head over HTTP"
+	@echo "make test   install, then lint, type-check and run all tests"
+	@echo "make check  lint and type-check alone"
+	@echo "make clean  remove the environment and what runs wrote"
+
+demo: $(VENV)/demo.stamp
+	HF_HUB_OFFLINE=1 $(BIN)/bertray run jobs/specs/demo.yaml
+
+serve: $(VENV)/demo.stamp
+	HF_HUB_OFFLINE=1 $(BIN)/bertray serve runs/demo/head
+
+test: check
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(VENV)/torch.stamp: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bertray needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifeq ($(GPU),)
+	$(BIN)/python -m pip install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) $(TORCH)
+endif
+	touch $@
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/demo.stamp
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,7 @@
+"""Encode the rows that are not encoded yet: ray job submit --working-dir . -- python jobs/embed.py SPEC"""
+
+import sys
+
+from bertray.cli import main
+
+sys.exit(main(["embed", *sys.argv[1:]]))

@@ -1,0 +1,7 @@
+"""Embed what is missing and fit the head: ray job submit --working-dir . -- python jobs/fit.py SPEC"""
+
+import sys
+
+from bertray.cli import main
+
+sys.exit(main(["fit", *sys.argv[1:]]))

@@ -1,0 +1,7 @@
+"""The whole job: ray job submit --working-dir . -- python jobs/pipeline.py SPEC"""
+
+import sys
+
+from bertray.cli import main
+
+sys.exit(main(["run", *sys.argv[1:]]))

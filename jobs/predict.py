@@ -1,0 +1,7 @@
+"""Label files with a bundle: ray job submit --working-dir . -- python jobs/predict.py BUNDLE INPUT --output OUT"""
+
+import sys
+
+from bertray.cli import main
+
+sys.exit(main(["predict", *sys.argv[1:]]))
