@@ -223,8 +223,8 @@ def stage(rows: Any, columns: Columns, folder: Location) -> tuple[str, ...]:
 
 
 def _check_names(rows: Any, columns: Columns) -> None:
-    names = rows.column_names if hasattr(rows, "column_names") else list(rows.columns)
-    names = names() if callable(names) else names
+    names = rows.column_names if hasattr(rows, "column_names") else rows.columns
+    names = names() if callable(names) else names  # a Ray Dataset asks its first block
     for name in columns.names:
         if name not in names:
             raise SourceError(

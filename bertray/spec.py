@@ -212,7 +212,7 @@ def _words(kind: Any, metadata: Sequence[Any]) -> str:
     if kind is str:
         return "a string that is not empty" if metadata else "a string"
     bounds = [
-        f"{word} {getattr(constraint, name)}"
+        f"{word} {getattr(constraint, name):g}"
         for constraint in metadata
         for name, word in (("ge", "of at least"), ("gt", "above"))
         if hasattr(constraint, name)

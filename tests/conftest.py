@@ -1,0 +1,98 @@
+"""What tests share: one local Ray, the real encoder of the demo, a tiny random one, and one run of the demo."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+import pytest
+
+import bertray
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+SIX = {
+    "im very sad at the whole situation": "negative",
+    "i woke up feeling amazing": "positive",
+    "theres going to be a full eclipse 2day": "neutral",
+    "i wish i could have a different life sometimes. it gets hard": "negative",
+    "this is great news!": "positive",
+    "I just got a raise :o": "positive",
+}
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """A real local Ray of 2 CPUs, started once."""
+    import ray
+
+    from bertray.cluster import connected
+    from bertray.spec import RaySizes
+
+    os.environ.pop("RAY_ADDRESS", None)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    with connected(RaySizes()):
+        yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """Real data sets that lie beside the project on the machines of its developers."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not there: real data sets are not part of the project")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    from bertray.checkpoints import find
+
+    return find(MINILM)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, minilm):
+    """A random BERT of 2 layers, 32 wide, with MiniLM's tokenizer: for what does not depend on sense."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    BertModel(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(minilm.folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory, ray_cluster):
+    """The demo, run once: its summary."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return bertray.run("jobs/specs/demo.yaml", overrides=[f"output={tmp_path_factory.mktemp('demo')}"])
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    """A function that writes rows as JSON Lines and gives the file's path."""
+
+    def write(rows, name="rows.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def demo_rows(split):
+    with (ROOT / "jobs" / "data" / f"demo-{split}.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

@@ -1,0 +1,87 @@
+"""Fitting against scikit-learn, and on one worker against several."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+from bertray.encoder import Encoder
+from bertray.errors import ClusterError
+from bertray.fit import fit
+from bertray.spec import Encoder as EncoderSpec
+from bertray.spec import Head
+from bertray.store import Manifest, Receipt, Store, with_vectors
+
+CLASSES = {"negative": 0, "neutral": 1, "positive": 2}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, minilm):
+    """The demo's training rows as real vectors."""
+    from conftest import demo_rows
+
+    rows = demo_rows("train")
+    vectors = Encoder(minilm, EncoderSpec(pooling="mean")).encode([row["text"] for row in rows]).vectors
+    store = Store(str(tmp_path_factory.mktemp("store")))
+    table = pa.table({"label": [row["label"] for row in rows]})
+    receipt = Receipt("u", len(rows), 0, 0, 0, 0, 0.0)
+    store.write_shard(receipt, with_vectors(table, vectors), pa.table({"id": []}))
+    store.finish(Manifest("print", {}, (receipt,)))
+    return store
+
+
+def data(store):
+    vectors, labels = store.load()
+    return vectors.astype(np.float64), np.array([CLASSES[label] for label in labels])
+
+
+def objective(head, x, y, l2):
+    logits = x @ head.weight.T.astype(np.float64) + head.bias
+    logits -= logits.max(1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    return -log_p[np.arange(len(y)), y].mean() + l2 / 2 * (head.weight.astype(np.float64) ** 2).sum()
+
+
+@pytest.mark.parametrize("l2", [0.1, 0.001, 0.0001])
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+def test_equal_to_scikit_learn_at_the_optimum(store, optimizer, l2):
+    x, y = data(store)
+    reference = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-10, max_iter=10_000).fit(x, y)
+    spec = Head(optimizer=optimizer, l2=l2, epochs=250, batch_size=len(x), lr=0.1)
+    fitted = fit(store, CLASSES, 3, spec)
+    expected = type(fitted.head)(reference.coef_, reference.intercept_)
+    assert abs(objective(fitted.head, x, y, l2) - objective(expected, x, y, l2)) < 1e-3
+    ours = fitted.head.probabilities(x).argmax(1)
+    assert abs((ours == y).mean() - reference.score(x, y)) <= 2 / len(x)
+    if optimizer == "lbfgs":
+        assert fitted.losses[-1] == pytest.approx(objective(expected, x, y, l2), abs=1e-7)
+        assert (ours == reference.predict(x)).mean() > 0.998
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_seed_gives_the_same_head_and_the_loss_falls(store, optimizer):
+    spec = Head(optimizer=optimizer, lr=0.05, epochs=3)
+    one, again, other = (fit(store, CLASSES, 3, s) for s in (spec, spec, spec.model_copy(update={"seed": 1})))
+    np.testing.assert_array_equal(one.head.weight, again.head.weight)
+    assert not np.array_equal(one.head.weight, other.head.weight)
+    assert len(one.losses) == 3
+    assert one.losses[0] > one.losses[-1]
+
+
+def test_the_notebooks_settings_judge_real_rows_well(store):
+    x, y = data(store)
+    head = fit(store, CLASSES, 3, Head()).head
+    assert (head.probabilities(x).argmax(1) == y).mean() > 0.95
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
+def test_two_workers_take_the_same_steps_as_none(store, ray_cluster, optimizer):
+    spec = Head(optimizer=optimizer, l2=0.01, epochs=2)
+    alone, together = fit(store, CLASSES, 3, spec), fit(store, CLASSES, 3, spec, workers=2)
+    np.testing.assert_allclose(together.head.weight, alone.head.weight, atol=1e-4)
+    assert together.losses[-1] == pytest.approx(alone.losses[-1], abs=1e-5)
+
+
+def test_more_workers_than_cpus(store, ray_cluster):
+    with pytest.raises(ClusterError, match="fit_workers must be at most the cluster's CPUs"):
+        fit(store, CLASSES, 3, Head(), workers=64)

@@ -1,0 +1,94 @@
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, SIX, demo_rows
+
+import bertray
+from bertray import bundle as bundles
+from bertray.errors import BertrayError, BundleError
+from bertray.predict import Predictor, predict_files
+from bertray.sources import Columns
+from bertray.spec import RaySizes, Source
+from bertray.store import Store, vectors_of
+
+TEST = str(ROOT / "jobs" / "data" / "demo-test.csv")
+
+
+@pytest.fixture(scope="module")
+def predictor(demo):
+    return bertray.load(demo["bundle"])
+
+
+def test_labels_and_probabilities_of_texts(predictor):
+    labels, probabilities = predictor.predict(list(SIX))
+    assert labels == list(SIX.values())
+    assert probabilities.shape == (6, 3)
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
+    assert predictor.predict("this is great news!").labels == ["positive"]
+    assert predictor.predict([]).labels == []
+
+
+def test_its_vectors_are_the_stored_ones(demo, predictor):
+    from pathlib import Path
+
+    (folder,) = Path(demo["output"]).glob("stores/test-*")
+    (table,) = Store(str(folder)).tables(["text", "vector"])
+    vectors = predictor.encoder.encode(table["text"].to_pylist()).vectors
+    np.testing.assert_allclose(vectors.astype(np.float32), vectors_of(table).astype(np.float32), atol=1e-3)
+    answers = pq.read_table(Path(demo["output"]) / "predictions" / "test.parquet")
+    assert predictor.predict(table["text"].to_pylist()).labels == answers["predicted"].to_pylist()
+
+
+@pytest.mark.parametrize("texts", [[5], [None], ["a", b"b"]])
+def test_what_is_not_text_is_refused(predictor, texts):
+    with pytest.raises(BertrayError, match="Texts must be strings"):
+        predictor.predict(texts)
+
+
+def test_pairs_are_refused_by_a_head_for_single_texts(predictor):
+    with pytest.raises(BertrayError, match="takes single texts"):
+        predictor.predict(["a"], ["b"])
+
+
+def test_a_changed_encoder_is_refused(demo):
+    from dataclasses import replace
+
+    bundle = bundles.load(demo["bundle"])
+    identity = {**bundle.encoder["identity"], "tokenizer": "0" * 64}
+    with pytest.raises(BundleError, match="The tokenizer of .* is not what the bundle was fitted on"):
+        Predictor(replace(bundle, encoder={**bundle.encoder, "identity": identity}))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", ""])
+def test_files_are_labelled_in_order(demo, predictor, tmp_path, ray_cluster, kind):
+    output = tmp_path / (f"answers.{kind}" if kind else "answers")
+    manifest = predict_files(demo["bundle"], Source(path=TEST), str(output), Columns("text"), RaySizes())
+    assert manifest.total("rows") == 180
+    if kind == "csv":
+        table = pa.csv.read_csv(output)
+        assert table.column_names == ["id", "text", "label", "score", "p_negative", "p_neutral", "p_positive"]
+    elif kind == "jsonl":
+        rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+        table = pa.Table.from_pylist(rows)
+    else:
+        table = pq.read_table(output if kind else output / "shards")
+    texts = [row["text"] for row in demo_rows("test")]
+    assert table["text"].to_pylist() == texts
+    assert table["label"].to_pylist() == predictor.predict(texts).labels
+    assert {path.name for path in tmp_path.iterdir()} == {output.name}  # nothing is left beside it
+
+
+def test_answers_of_another_job_are_not_mixed_in(demo, tmp_path, ray_cluster):
+    output = str(tmp_path / "answers")
+    predict_files(demo["bundle"], Source(path=TEST), output, Columns("text"), RaySizes())
+    predict_files(demo["bundle"], Source(path=TEST), output, Columns("text"), RaySizes())  # again: nothing to do
+    with pytest.raises(BertrayError, match="holds predictions of another bundle or input"):
+        predict_files(demo["bundle"], Source(path=TEST), output, Columns("label"), RaySizes())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(BertrayError, match="holds other files"):
+        predict_files(demo["bundle"], Source(path=TEST), str(tmp_path / "mine"), Columns("text"), RaySizes())

@@ -1,0 +1,67 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from bertray.errors import StoreError
+from bertray.store import Manifest, Receipt, Store, vectors_of, with_vectors
+
+NO_REJECTS = pa.table({"id": pa.array([], pa.string()), "reason": [], "preview": []})
+
+
+def filled(folder, dtype=np.float16, units=3):
+    store = Store(str(folder))
+    receipts = []
+    for unit in range(units):
+        rows = pa.table({"id": [f"{unit}-{i}" for i in range(4)], "text": ["t"] * 4, "label": ["a", "b", "a", "b"]})
+        vectors = np.full((4, 5), unit, dtype)
+        receipts.append(Receipt(f"u{unit}", 4, 0, 0, 1, 20, 0.1, {"a": 2, "b": 2}))
+        store.write_shard(receipts[-1], with_vectors(rows, vectors), NO_REJECTS)
+    return store, Manifest("print", {"columns": {"text_pair": ""}}, tuple(receipts))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_vectors_and_labels_come_back_in_order_as_they_were(tmp_path, dtype):
+    store, manifest = filled(tmp_path, dtype)
+    store.finish(manifest)
+    vectors, labels = store.load()
+    assert vectors.dtype == dtype
+    assert vectors[:, 0].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert labels == ["a", "b", "a", "b"] * 3
+    assert store.manifest() == manifest
+    assert (manifest.total("rows"), manifest.total("truncated"), manifest.labels) == (12, 3, {"a": 6, "b": 6})
+    assert vectors_of(next(store.tables(["vector"]))).shape == (4, 5)
+
+
+def test_without_a_manifest_a_store_is_not_complete(tmp_path):
+    store, _ = filled(tmp_path)
+    with pytest.raises(StoreError, match="is not complete. Run `bertray embed`"):
+        store.load()
+    assert set(store.done(["u0", "u2", "u7"])) == {"u0", "u2"}
+
+
+def test_a_shard_that_is_not_whole_counts_as_missing(tmp_path):
+    store, _ = filled(tmp_path)
+    store.shard("u1").write(store.shard("u1").read()[:-9])
+    assert set(store.done(["u0", "u1", "u2"])) == {"u0", "u2"}
+
+
+def test_finishing_removes_what_belongs_to_no_unit(tmp_path):
+    store, manifest = filled(tmp_path)
+    rejects = pa.table({"id": ["x"], "reason": ["text is null"], "preview": [""]})
+    store.write_shard(Receipt("old", 0, 1, 0, 0, 0, 0.1), pa.table({"id": []}), rejects)
+    store.finish(manifest)
+    assert [file.name for file in store.location.files()] == [
+        "manifest.json",
+        *(f"shards/u{i}.parquet" for i in range(3)),
+    ]
+
+
+def test_damage_is_told_with_what_to_do(tmp_path):
+    store, manifest = filled(tmp_path)
+    store.finish(manifest)
+    store.shard("u1").delete()
+    with pytest.raises(StoreError, match="u1.parquet is missing or damaged .* encodes its rows again"):
+        store.load()
+    (store.location / "manifest.json").write(b"{")
+    with pytest.raises(StoreError, match="manifest.json is damaged"):
+        store.manifest()
