@@ -157,10 +157,12 @@ def _predict(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _serve(options: argparse.Namespace) -> None:
+    from bertray import bundle as bundles
     from bertray.cluster import connected
     from bertray.serve import run
     from bertray.spec import RaySizes
 
+    bundles.load(options.bundle)  # a wrong path shows before Ray starts
     with connected(RaySizes()):
         run(options.bundle, options.host, options.port)
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ def connected(sizes: RaySizes) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = None if sizes.address == "auto" else sizes.address
+    _check_reachable(address or os.environ.get("RAY_ADDRESS", ""))
     try:
         with _quiet():
             ray.init(address, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
@@ -52,6 +54,20 @@ def connected(sizes: RaySizes) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and port.isdigit()):
+        return  # a word such as auto or local
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ClusterError(
+            f"Cannot use the Ray cluster at {address}: {error.strerror or error}. Start it (ray start --head), or "
+            "correct ray.address (or RAY_ADDRESS)."
+        ) from None
 
 
 @contextmanager

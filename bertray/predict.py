@@ -97,7 +97,7 @@ def predict_files(bundle_url: str, source: Source, output: str, columns: Columns
     finish = WithPredictions(bundle.head, bundle.labels)
     manifest = embed([split], spec, checkpoint, sizes, finish=finish)["predictions"]
     if kind:
-        _join(store, Location(output), kind, bundle)
+        join(store, Location(output), kind, bundle)
         store.location.delete()
     return manifest
 
@@ -133,8 +133,8 @@ class WithPredictions:
         )
 
 
-def _join(store: Store, target: Location, kind: str, bundle: Bundle) -> None:
-    """The shards as one file, in the order of the rows; one column a probability in CSV, which has no lists."""
+def join(store: Store, target: Location, kind: str, bundle: Bundle) -> None:
+    """Write the shards as one file, in the order of the rows; one column a probability in CSV, which has no lists."""
     names = ["id", "text", *(["text_pair"] if bundle.pairs else []), "label", "score", "probabilities"]
     tables: Iterator[pa.Table] = store.tables(names)
     with target.create() as stream:

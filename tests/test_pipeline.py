@@ -167,11 +167,11 @@ def test_bad_input_is_one_clear_line(name, tiny, tmp_path, ray_cluster, rows_fil
 
 
 def test_real_tweets_reduced(shared, tmp_path, ray_cluster):
-    """The notebook's rows and settings; 600 test rows give a standard error of 0.02."""
+    """The notebook's rows and settings; 500 test rows give a standard error of 0.022."""
     spec = {
         "data": {
             "train": {"path": str(shared / "tweets" / "train.jsonl"), "limit": 2000},
-            "test": {"path": str(shared / "tweets" / "test.jsonl"), "limit": 600},
+            "test": {"path": str(shared / "tweets" / "test.jsonl"), "limit": 500},
             "id": "id",
             "labels": ["negative", "neutral", "positive"],
         },
@@ -181,9 +181,9 @@ def test_real_tweets_reduced(shared, tmp_path, ray_cluster):
     summary = bertray.run(spec)
     assert summary["metrics"]["train"]["rows"] == 2000
     assert summary["rows"]["train"]["empty"] == 1
-    assert summary["metrics"]["test"]["accuracy"] > 0.53
-    mean = bertray.run(spec, overrides=["encoder.pooling=mean"])
-    assert mean["metrics"]["test"]["accuracy"] > 0.60
+    assert summary["metrics"]["test"]["accuracy"] > 0.52
+    mean = bertray.run(spec, overrides=["encoder.pooling=mean", "data.train.limit=1000"])
+    assert mean["metrics"]["test"]["accuracy"] > 0.58
 
 
 def test_real_intents_reduced(shared, tmp_path, ray_cluster):

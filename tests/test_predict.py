@@ -10,9 +10,10 @@ from conftest import ROOT, SIX, demo_rows
 import bertray
 from bertray import bundle as bundles
 from bertray.errors import BertrayError, BundleError
-from bertray.predict import Predictor, predict_files
+from bertray.predict import Predictor, join, predict_files
 from bertray.sources import Columns
 from bertray.spec import RaySizes, Source
+from bertray.storage import Location
 from bertray.store import Store, vectors_of
 
 TEST = str(ROOT / "jobs" / "data" / "demo-test.csv")
@@ -63,11 +64,23 @@ def test_a_changed_encoder_is_refused(demo):
         Predictor(replace(bundle, encoder={**bundle.encoder, "identity": identity}))
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", ""])
-def test_files_are_labelled_in_order(demo, predictor, tmp_path, ray_cluster, kind):
-    output = tmp_path / (f"answers.{kind}" if kind else "answers")
+@pytest.fixture(scope="module")
+def answers(demo, tmp_path_factory, ray_cluster):
+    """A folder of answers to the demo's test rows."""
+    output = tmp_path_factory.mktemp("answers") / "answers"
     manifest = predict_files(demo["bundle"], Source(path=TEST), str(output), Columns("text"), RaySizes())
     assert manifest.total("rows") == 180
+    return output
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", ""])
+def test_files_are_labelled_in_order(demo, predictor, answers, tmp_path, kind):
+    output = tmp_path / f"answers.{kind}" if kind else answers
+    if kind == "csv":
+        predict_files(demo["bundle"], Source(path=TEST), str(output), Columns("text"), RaySizes())
+        assert [path.name for path in tmp_path.iterdir()] == ["answers.csv"]  # nothing is left beside it
+    elif kind:
+        join(Store(str(answers)), Location(str(output)), kind, bundles.load(demo["bundle"]))
     if kind == "csv":
         table = pa.csv.read_csv(output)
         assert table.column_names == ["id", "text", "label", "score", "p_negative", "p_neutral", "p_positive"]
@@ -79,12 +92,10 @@ def test_files_are_labelled_in_order(demo, predictor, tmp_path, ray_cluster, kin
     texts = [row["text"] for row in demo_rows("test")]
     assert table["text"].to_pylist() == texts
     assert table["label"].to_pylist() == predictor.predict(texts).labels
-    assert {path.name for path in tmp_path.iterdir()} == {output.name}  # nothing is left beside it
 
 
-def test_answers_of_another_job_are_not_mixed_in(demo, tmp_path, ray_cluster):
-    output = str(tmp_path / "answers")
-    predict_files(demo["bundle"], Source(path=TEST), output, Columns("text"), RaySizes())
+def test_answers_of_another_job_are_not_mixed_in(demo, answers, tmp_path):
+    output = str(answers)
     predict_files(demo["bundle"], Source(path=TEST), output, Columns("text"), RaySizes())  # again: nothing to do
     with pytest.raises(BertrayError, match="holds predictions of another bundle or input"):
         predict_files(demo["bundle"], Source(path=TEST), output, Columns("label"), RaySizes())

@@ -1,0 +1,98 @@
+"""`ray job submit` against a real cluster from `ray start`, with token authentication on; the launcher's file."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """The environment of a user who started a cluster as the README says, with a home folder of its own."""
+    home = tmp_path_factory.mktemp("home")
+    port, dashboard = free_port(), free_port()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": f"/tmp/bertray-{os.getpid()}"}
+    subprocess.run([RAY, "get-auth-token", "--generate"], env=environment, check=True, timeout=60, capture_output=True)
+    started = subprocess.run(
+        [RAY, "start", "--head", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}",
+         "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={environment['RAY_TMPDIR']}"],
+        env=environment, timeout=90, capture_output=True, text=True,
+    )  # fmt: skip
+    assert started.returncode == 0, started.stdout + started.stderr
+    yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    # Only the processes of this cluster: each has its temporary folder or port on its command line.
+    for line in subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines():
+        if environment["RAY_TMPDIR"] in line or f":{port}" in line:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(line.split()[0]), signal.SIGKILL)
+    shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)
+
+
+def submit(cluster, *command, timeout=170):
+    return subprocess.run(
+        [RAY, "job", "submit", "--working-dir", ".", "--", "python", *map(str, command)],
+        env=cluster, cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+def test_the_whole_job_is_submitted(cluster, tmp_path):
+    done = submit(cluster, "jobs/pipeline.py", "jobs/specs/demo.yaml", "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout
+    assert "this is great news! -> positive" in done.stdout
+    summary = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert summary["metrics"]["test"]["accuracy"] > 0.82
+    # Again: nothing is left to do, and a bad spec fails the job with one line.
+    again = submit(cluster, "jobs/fit.py", "jobs/specs/demo.yaml", "--output", tmp_path / "run")
+    assert "fitting: done already" in again.stdout
+    bad = submit(cluster, "jobs/embed.py", "jobs/specs/demo.yaml", "--set", "head.lr=x")
+    assert bad.returncode != 0
+    assert "head.lr must be a number above 0" in bad.stdout + bad.stderr
+
+
+def test_without_a_token_the_cluster_refuses(cluster, tmp_path):
+    stranger = {**cluster, "HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled"}
+    refused = submit(stranger, "jobs/pipeline.py", "jobs/specs/demo.yaml")
+    assert refused.returncode != 0
+    assert re.search("authentication", refused.stdout + refused.stderr, re.I)
+
+
+@pytest.mark.parametrize("script", ["pipeline", "embed", "fit", "evaluate", "predict", "serve"])
+def test_every_job_is_a_command(script):
+    done = subprocess.run(
+        [sys.executable, f"jobs/{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0
+    assert f"usage: bertray {'run' if script == 'pipeline' else script}" in done.stdout
+
+
+def test_cluster_yaml_is_what_rays_launcher_takes():
+    import jsonschema
+    import ray
+
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
+    jsonschema.validate(config, schema)
+    assert config["head_node_type"] in config["available_node_types"]
+    pinned = (ROOT / "constraints.txt").read_text()
+    for version in re.findall(r"ray\S*==(\S+?)['\"\s]", json.dumps(config)):
+        assert f"ray=={version}" in pinned
