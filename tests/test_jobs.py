@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -30,28 +31,36 @@ def cluster(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     port, dashboard = free_port(), free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["PATH"] = f"{Path(RAY).parent}{os.pathsep}{environment['PATH']}"  # as after `activate`
     environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": f"/tmp/bertray-{os.getpid()}"}
     subprocess.run([RAY, "get-auth-token", "--generate"], env=environment, check=True, timeout=60, capture_output=True)
     started = subprocess.run(
         [RAY, "start", "--head", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}",
+         f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
          "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={environment['RAY_TMPDIR']}"],
         env=environment, timeout=90, capture_output=True, text=True,
     )  # fmt: skip
     assert started.returncode == 0, started.stdout + started.stderr
     yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-    # Only the processes of this cluster: each has its temporary folder or port on its command line.
-    for line in subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines():
-        if environment["RAY_TMPDIR"] in line or f":{port}" in line:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(line.split()[0]), signal.SIGKILL)
+    # Not `ray stop`, which ends every cluster on the machine: only what inherited this one's folder.
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if environment["RAY_TMPDIR"].encode() in (process / "environ").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
     shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)
 
 
-def submit(cluster, *command, timeout=170):
-    return subprocess.run(
-        [RAY, "job", "submit", "--working-dir", ".", "--", "python", *map(str, command)],
-        env=cluster, cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
+def submit(cluster, *command):
+    deadline = time.monotonic() + 60
+    while True:
+        done = subprocess.run(
+            [RAY, "job", "submit", "--working-dir", ".", "--", "python", *map(str, command)],
+            env=cluster, cwd=ROOT, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        # Ray takes jobs some seconds after `ray start` has returned.
+        if "No available agent" not in done.stderr or time.monotonic() > deadline:
+            return done
+        time.sleep(2)
 
 
 def test_the_whole_job_is_submitted(cluster, tmp_path):

@@ -52,7 +52,8 @@ def test_it_fits_a_desktop_and_a_phone_in_chromium(demo, tmp_path, width):
     frame.write_text(
         f'<iframe id=f src="file://{demo["report"]}" style="width:{width}px;height:800px;border:0"></iframe>'
         "<script>f.onload = () => { const d = f.contentDocument.documentElement;"
-        "document.title = `${d.scrollWidth <= d.clientWidth} ${[...f.contentDocument.images].every(i => i.naturalWidth > 99)}` }</script>"
+        "document.title = `${d.scrollWidth <= d.clientWidth}"
+        " ${[...f.contentDocument.images].every(i => i.naturalWidth > 99)}` }</script>"
     )
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
     flags += ["--disable-component-update", "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"]
