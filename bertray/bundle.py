@@ -45,11 +45,12 @@ class Bundle:
 
 
 def save(bundle: Bundle, url: str) -> None:
-    """Write a bundle; bundle.json last, since its presence means that the bundle is whole."""
+    """Write a bundle; bundle.json goes first and comes last, since its presence means that the bundle is whole."""
     from safetensors.numpy import save as to_bytes
 
     folder = Location(url)
     fields = {"version": VERSION, **{name: value for name, value in vars(bundle).items() if name != "head"}}
+    (folder / "bundle.json").delete()
     (folder / "head.safetensors").write(to_bytes(asdict(bundle.head)))
     (folder / "README.md").write(_card(bundle).encode())
     (folder / "bundle.json").write(json.dumps(fields, indent=1, ensure_ascii=False).encode())

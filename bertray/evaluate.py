@@ -22,7 +22,7 @@ class Evaluation:
     """How a head does on one split.
 
     confusion: [classes, classes], true classes in rows. loss: mean of -log p(true class).
-    worst: the wrong answers that were given with most confidence, as rows of the predictions.
+    worst: the wrong answers with the highest loss, as rows of the predictions.
     """
 
     rows: int

@@ -52,8 +52,9 @@ def fit(store: Store, classes: Mapping[str, int], names: int, spec: Head, worker
     """
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     config = {"store": store.url, "classes": dict(classes), "names": names, "head": spec.model_dump()}
-    steps = spec.epochs if spec.optimizer != "lbfgs" else _LBFGS_ITERATIONS
-    with Progress("fitting", steps, "epochs" if spec.optimizer != "lbfgs" else "evaluations") as progress:
+    # How often L-BFGS evaluates the objective is not known beforehand.
+    steps, unit = (0, "evaluations") if spec.optimizer == "lbfgs" else (spec.epochs, "epochs")
+    with Progress("fitting", steps, unit) as progress:
 
         def tell(step: int, loss: float) -> None:
             progress.add(1, f"loss {loss:.4f}")

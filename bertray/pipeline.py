@@ -189,6 +189,7 @@ class _Run:
         if saved.get("fingerprint") == made:
             log.info("evaluating: done already")
             return saved
+        path.delete()  # while predictions and report change, they are nobody's
         self.seconds = {**saved.get("seconds", {}), **{k: v for k, v in self.seconds.items() if v}}
         names, classes = self._classes()
         evaluations: dict[str, Evaluation] = self._timed(
