@@ -26,6 +26,8 @@ from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import RaySizes, fingerprint
 from bertray.store import Manifest, Receipt, Store, with_vectors
 
+RECIPE = 1  # raised when a change of code gives other vectors for the same settings
+
 
 @dataclass(frozen=True)
 class Split:
@@ -55,7 +57,14 @@ class Job:
 def made_by(spec: EncoderSpec, checkpoint: Checkpoint, columns: Columns, source: dict[str, Any]) -> dict[str, Any]:
     """All that makes the vectors of a source what they are. Its fingerprint names the store."""
     settings = spec.model_dump(include={"pooling", "max_length", "truncation", "precision"})
-    return {"encoder": checkpoint.name, **checkpoint.identity, **settings, "columns": asdict(columns), "source": source}
+    return {
+        "recipe": RECIPE,
+        "encoder": checkpoint.name,
+        **checkpoint.identity,
+        **settings,
+        "columns": asdict(columns),
+        "source": source,
+    }
 
 
 def embed(

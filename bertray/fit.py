@@ -24,6 +24,7 @@ from bertray.store import Store
 if TYPE_CHECKING:
     import torch
 
+RECIPE = 1  # raised when a change of code gives another head for the same settings
 _POLL_SECONDS = 0.5
 _LBFGS_ITERATIONS = 1_000
 Tell = Callable[[int, float], None]

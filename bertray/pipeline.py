@@ -62,9 +62,10 @@ class _Run:
         self.folder = _output(spec.output)
         self.seconds: dict[str, float] = {}
         self.label_names = spec.data.labels
-        self.started = time.perf_counter()
+        started = time.perf_counter()
         self.checkpoint = checkpoints.find(spec.encoder.model, spec.encoder.revision)
         self.splits = self._splits(given)
+        self.seconds["prepare"] = round(time.perf_counter() - started, 3)
         self.manifests: dict[str, Manifest] = {}
 
     def until(self, last: str) -> dict[str, Any]:
@@ -135,12 +136,13 @@ class _Run:
         self.manifests |= embed(open_splits, self.spec.encoder, self.checkpoint, self.spec.ray, self.label_names)
 
     def fit(self) -> Bundle:
-        from bertray.fit import fit
+        from bertray.fit import RECIPE, fit
 
         names, classes = self._classes()
         train = self.manifests["train"]
         made = fingerprint(
             {
+                "recipe": RECIPE,
                 "store": train.fingerprint,
                 "units": [unit.unit for unit in train.units],
                 "labels": names,
@@ -207,7 +209,7 @@ class _Run:
         bundles.save(bundle, (self.folder / "head").url)
         summary = self._summary(metrics=metrics, examples=self._examples(bundle))
         self._timed("report", lambda: self._report(summary, evaluations, bundle))
-        self.seconds["total"] = round(time.perf_counter() - self.started, 3)
+        self.seconds["total"] = round(sum(s for step, s in self.seconds.items() if step != "total"), 3)
         summary = {**summary, "seconds": self.seconds, "fingerprint": made}
         path.write(json.dumps(summary, indent=1, ensure_ascii=False).encode())
         return summary

@@ -33,31 +33,23 @@ def small(tmp_path_factory, tiny):
     return folder
 
 
-def test_json_is_all_there_is_on_stdout(small):
-    done = run("run", small / "spec.yaml", "--json")
+def test_json_is_all_there_is_on_stdout(demo):
+    arguments = ("run", "jobs/specs/demo.yaml", "--output", demo["output"])
+    done = run(*arguments, "--json")
     assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout)
+    assert json.loads(done.stdout) == demo
     assert done.stdout.count("\n") == 1
-    assert summary["metrics"]["test"]["rows"] == 40
-    assert "rows/s" in done.stderr  # progress, as log lines
-    assert "tokens/s" in done.stderr
-    assert "epochs" in done.stderr
-    assert "\r" not in done.stderr
-    again = run("run", small / "spec.yaml")
-    assert again.returncode == 0
-    assert "embedding: done already" in again.stderr
+    plain = run(*arguments)
+    assert "embedding: done already" in plain.stderr
     for line in ("accuracy", "report", "bundle", "bertray serve"):
-        assert line in again.stdout
-    # Only the head is fitted again: no Ray has to start.
-    refit = run("fit", small / "spec.yaml", "--set", "head.l2=0.1", "--json")
-    assert json.loads(refit.stdout)["seconds"]["embed"] == 0
+        assert line in plain.stdout
 
 
-@pytest.mark.parametrize("cpus", [1, 2])
-def test_small_clusters_do_not_hang(small, tmp_path, cpus):
+def test_one_cpu_is_enough(small, tmp_path):
+    """With Ray Train too; the other tests' Ray has two."""
     code = (
-        f"import ray, bertray; ray.init(num_cpus={cpus}, include_dashboard=False);"
-        f"s = bertray.run({str(small / 'spec.yaml')!r}, overrides=['output={tmp_path}', 'ray.fit_workers={2 - cpus}']);"
+        "import ray, bertray; ray.init(num_cpus=1, include_dashboard=False);"
+        f"s = bertray.run({str(small / 'spec.yaml')!r}, overrides=['output={tmp_path}', 'ray.fit_workers=1']);"
         "print(s['metrics']['test']['rows'])"
     )
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)

@@ -61,6 +61,10 @@ def test_commands_run_in_their_order(checkout):
             command, shell=True, cwd=checkout, env=environment, capture_output=True, text=True, timeout=150
         )
         assert done.returncode == 0, f"{command}: {done.stderr}"
+        if not ran:  # progress, where there is no terminal
+            assert re.search(r"embedding: 906 of 906 rows, \d+ rows/s, ETA 00:00, \d+ tokens/s", done.stderr)
+            assert re.search(r"fitting: 10 of 10 epochs, .*loss 0\.\d+", done.stderr)
+            assert "\r" not in done.stderr
         ran += 1
     assert ran == 4
     assert (checkout / "runs" / "labelled.csv").read_text().count("\n") == 181

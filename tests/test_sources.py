@@ -31,7 +31,9 @@ def write(folder, name):
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table, max_chunksize=37)
     elif name.startswith(("rows.csv", "rows.tsv")):
-        frame.to_csv(path, index=False, sep="\t" if "tsv" in name else ",")
+        text = frame.to_csv(index=False, sep="\t" if "tsv" in name else ",").encode()
+        with pa.output_stream(str(path), compression="detect") as sink:
+            sink.write(text)
     elif name == "rows.json":
         frame.to_json(path, orient="records", force_ascii=False)
     else:
