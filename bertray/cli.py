@@ -22,7 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = options.action(options)
     except KeyboardInterrupt:
-        print("Stopped. The same command goes on from here.", file=sys.stderr)
+        print(
+            "Stopped." if options.action is _serve else "Stopped. The same command goes on from here.", file=sys.stderr
+        )
         return 130
     except Exception as error:
         if options.debug:
@@ -157,14 +159,10 @@ def _predict(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from bertray import bundle as bundles
-    from bertray.cluster import connected
     from bertray.serve import run
     from bertray.spec import RaySizes
 
-    bundles.load(options.bundle)  # a wrong path shows before Ray starts
-    with connected(RaySizes()):
-        run(options.bundle, options.host, options.port)
+    run(options.bundle, options.host, options.port, RaySizes())
 
 
 def _spec(options: argparse.Namespace) -> dict[str, Any]:

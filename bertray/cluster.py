@@ -115,4 +115,6 @@ def plan_workers(sizes: RaySizes, units: int) -> Workers:
             f"ray.workers {count} with {threads} CPUs each is more than the Ray cluster has "
             f"({total.get('CPU', 0):g} CPUs, {gpus} GPUs). Lower ray.workers or ray.cpus_per_worker."
         )
+    if num_cpus > free.get("CPU", 0):
+        log.warning("waiting for a worker's %g CPUs: the Ray cluster has %g free", num_cpus, free.get("CPU", 0))
     return Workers(min(count, max(1, units)), device, threads, num_cpus, 1.0 if device == "cuda" else 0.0)

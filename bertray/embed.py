@@ -181,8 +181,10 @@ class UnitEncoder:
                     "started. Give every node the same files."
                 )
             self.encoder, self.failure = Encoder(checkpoint, job.encoder, device, threads), None
-        except BertrayError as error:
-            self.failure = error  # an actor that cannot start is restarted for ever: tell it with the first unit
+        except Exception as error:  # an actor that cannot start is restarted for ever: tell it with the first unit
+            known = isinstance(error, BertrayError)
+            line = f"An encoder process on {platform.node()} cannot start: {type(error).__name__}: {error}"
+            self.failure = error if known else BertrayError(" ".join(line.split()))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self._answer(**item) for item in batch.to_pylist()])

@@ -110,9 +110,9 @@ class Rows(ABC):
             SourceError: what is there cannot be read, or the file has fewer rows.
         """
         with reading(self.url):
-            passed = self._skip(start - self.position)
+            self.position += self._skip(start - self.position)
             table = self._take(stop - start)
-        if passed + table.num_rows < stop - self.position:
+        if self.position + table.num_rows < stop:
             raise SourceError(f"{self.url} has become shorter: rows up to {stop} were expected. Run the command again.")
         self.position = stop
         return table

@@ -48,8 +48,8 @@ def index(distinct: Iterable[str], names: Sequence[str]) -> dict[str, int]:
     mixed = [label for label in labels if not (_is_number(label) and int(label) < len(names))]
     if mixed:
         raise SourceError(
-            f"Label {mixed[0]!r} is none of the label names ({', '.join(names[:10])}), which other "
-            "splits or rows use. Correct the rows, or give all names in data.labels."
+            f"Label {mixed[0]!r} is none of the label names ({', '.join(names[:10])}). "
+            "Correct the rows, or give all names in data.labels."
         )
     return {label: int(label) for label in labels}
 

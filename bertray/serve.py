@@ -3,11 +3,15 @@
 import asyncio
 import json
 import logging
+import socket
 import time
 from typing import Any
 
 from bertray import bundle as bundles
+from bertray.cluster import connected
+from bertray.errors import BertrayError
 from bertray.predict import Predictor
+from bertray.spec import RaySizes
 
 MAX_BATCH = 64
 MAX_INPUTS = 1_000
@@ -118,8 +122,19 @@ def _is_input(item: Any, pairs: bool) -> bool:
     )
 
 
-def run(bundle_url: str, host: str, port: int) -> None:
-    """Serve a bundle on the connected Ray cluster until interrupted."""
+def run(bundle_url: str, host: str, port: int, sizes: RaySizes) -> None:
+    """Serve a bundle on Ray until interrupted.
+
+    Raises:
+        BertrayError: there is no such bundle, or the port is taken.
+    """
+    bundles.load(bundle_url)  # what is wrong shows before Ray starts
+    _check_port(host, port)
+    with connected(sizes):
+        _serve(bundle_url, host, port)
+
+
+def _serve(bundle_url: str, host: str, port: int) -> None:
     import ray
     from ray import serve
 
@@ -131,7 +146,7 @@ def run(bundle_url: str, host: str, port: int) -> None:
     serve.run(app, name="bertray", route_prefix="/")
     print(
         f"Serving {bundle_url} at http://{host}:{port}/predict (Ctrl-C stops it). Try:\n"
-        f"  curl http://{host}:{port}/predict -H 'content-type: application/json' -d '{{\"inputs\": \"so happy\"}}'",
+        f'  curl http://{host}:{port}/predict -d \'{{"inputs": "so happy"}}\'',
         flush=True,
     )
     try:
@@ -139,3 +154,12 @@ def run(bundle_url: str, host: str, port: int) -> None:
             time.sleep(3600)
     finally:
         serve.delete("bertray")
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise BertrayError(f"Cannot listen on {host}:{port}: {error}. Give another --host or --port.") from None

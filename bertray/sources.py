@@ -24,6 +24,7 @@ from bertray.storage import FileInfo, Location
 UNIT_ROWS = 20_000
 _STAGED_ROWS = 100_000
 _PREVIEW_ROWS = 100
+_HASHED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,10 @@ def units(source: Source, columns: Columns, unit_rows: int | str = "auto") -> li
     found = []
     for file, rows in zip(files, counts, strict=True):
         step = _unit_rows(rows) if unit_rows == "auto" else int(unit_rows)
+        stamp = _stamp(file)
         for start in range(0, min(rows, left), step):
             stop = min(start + step, rows, left)
-            found.append(Unit(file.url, file.name, _format(file, source), file.stamp, start, stop))
+            found.append(Unit(file.url, file.name, _format(file, source), stamp, start, stop))
         left -= min(rows, left)
     if not found:
         raise SourceError(f"{source.path} holds no rows.")
@@ -121,6 +123,15 @@ def _count(file: FileInfo, source: Source, columns: Columns) -> int:
     return open_rows(file.url, _format(file, source), columns.names).count() if file.size else 0
 
 
+def _stamp(file: FileInfo) -> str:
+    """What tells one content of a file from another: small local files by hash, so that a copy of them (a new
+    clone, a submitted job) is the same source; others by size and time of change."""
+    location = Location(file.url)
+    if file.size > _HASHED_BYTES or not location.local:
+        return file.stamp
+    return hashlib.sha256(location.read()).hexdigest()
+
+
 def _unit_rows(rows: int) -> int:
     """About 16 units a file, so that small files spread over workers too, of 2,000 to 20,000 rows."""
     return min(UNIT_ROWS, max(2_000, math.ceil(rows / 16)))
@@ -141,7 +152,10 @@ class Reader:
         """
         if self._rows is None or self._rows.url != unit.url or self._rows.position > unit.start:
             self._rows = open_rows(unit.url, unit.format, self.columns.names)
-        return normalize(self._rows.read(unit.start, unit.stop), self.columns, unit)
+        rows, self._rows = self._rows, None  # after an error its place in the file is not known
+        table = rows.read(unit.start, unit.stop)
+        self._rows = rows
+        return normalize(table, self.columns, unit)
 
 
 def normalize(table: pa.Table, columns: Columns, unit: Unit) -> Batch:

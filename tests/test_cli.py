@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -81,6 +82,15 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(arguments, message, tm
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stdout == ""
+
+
+def test_a_taken_port_is_one_line(demo):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run("serve", demo["bundle"], "--port", taken.getsockname()[1])
+    assert done.returncode == 2
+    assert "Cannot listen on 127.0.0.1:" in done.stderr
 
 
 def test_debug_shows_the_traceback():

@@ -63,15 +63,19 @@ def submit(cluster, *command):
         time.sleep(2)
 
 
-def test_the_whole_job_is_submitted(cluster, tmp_path):
-    done = submit(cluster, "jobs/pipeline.py", "jobs/specs/demo.yaml", "--output", tmp_path / "run")
+def test_the_whole_job_is_submitted(cluster):
+    done = submit(cluster, "jobs/pipeline.py", "jobs/specs/demo.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout
     assert "this is great news! -> positive" in done.stdout
-    summary = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    # Not into the job's own copy of the folder, which Ray deletes.
+    output = Path(cluster["HOME"]) / "runs" / "demo"
+    assert f"written to {output} instead" in done.stdout
+    summary = json.loads((output / "metrics.json").read_text())
     assert summary["metrics"]["test"]["accuracy"] > 0.82
     # Again: nothing is left to do, and a bad spec fails the job with one line.
-    again = submit(cluster, "jobs/fit.py", "jobs/specs/demo.yaml", "--output", tmp_path / "run")
+    again = submit(cluster, "jobs/fit.py", "jobs/specs/demo.yaml", "--output", output)
+    assert "embedding: done already" in again.stdout
     assert "fitting: done already" in again.stdout
     bad = submit(cluster, "jobs/embed.py", "jobs/specs/demo.yaml", "--set", "head.lr=x")
     assert bad.returncode != 0

@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 
 import pandas as pd
 import pyarrow as pa
@@ -183,6 +184,28 @@ def test_bad_files_are_one_clear_line(tmp_path, name):
         read_all(Source(path=str(tmp_path / name)), columns)
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
+
+
+def test_a_copy_is_the_same_source_and_a_change_is_another(tmp_path):
+    columns = Columns("text", label="label")
+    keys = []
+    for folder, text in (("one", "a"), ("two", "a"), ("three", "b")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.csv").write_text(f"text,label\n{text},0\n")
+        os.utime(tmp_path / folder / "rows.csv", (len(keys), len(keys)))
+        keys += [unit.key for unit in units(Source(path=str(tmp_path / folder)), columns)]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_after_an_error_the_next_unit_is_read_from_its_own_place(tmp_path):
+    lines = [json.dumps({"text": f"t{i}", "label": 0}) for i in range(30)]
+    lines[12] = "broken"
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    cut = units(Source(path=str(tmp_path / "rows.jsonl")), Columns("text", label="label"), 10)
+    reader = Reader(Columns("text", label="label"))
+    with pytest.raises(SourceError, match="rows.jsonl:13 is not JSON"):
+        reader.read(cut[1])
+    assert reader.read(cut[2]).rows["text"].to_pylist() == [f"t{i}" for i in range(20, 30)]
 
 
 def test_a_file_that_became_shorter(tmp_path):
