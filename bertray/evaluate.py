@@ -1,6 +1,7 @@
 """Evaluation: a store and a head to predictions and metrics. Streams: no store is held whole."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,31 +51,39 @@ def evaluate(
     """
     matrix = np.zeros((len(names), len(names)), np.int64)
     total, worst = 0.0, list[dict[str, Any]]()
-    writer = None
-    for table in store.tables(["id", "text", *_pair(store), "label", "vector"]):
-        probabilities = head.probabilities(vectors_of(table))
-        true = labels.to_classes(table["label"].to_pylist(), classes)
-        given = probabilities.argmax(1)
-        loss = metrics.losses(probabilities, true)
-        matrix += metrics.confusion(true, given, len(names))
-        total += float(loss.sum())
-        answers = table.drop_columns(["vector"]).set_column(
-            table.column_names.index("label"), "label", pa.array([names[i] for i in true])
-        )
-        answers = (
-            answers.append_column("predicted", pa.array([names[i] for i in given]))
-            .append_column("score", pa.array(probabilities.max(1)))
-            .append_column("loss", pa.array(loss))
-        )
-        wrong = np.flatnonzero(given != true)
-        worst += answers.take(wrong[np.argsort(-loss[wrong], kind="stable")[:_WORST]]).to_pylist()
-        worst = sorted(worst, key=lambda row: -row["loss"])[:_WORST]
-        writer = writer or pq.ParquetWriter(predictions.create(), answers.schema, compression="zstd")
-        writer.write_table(answers)
-    if writer:
-        writer.close()
+    with predictions.create() as stream, ExitStack() as stack:
+        writer = None
+        for table in store.tables(["id", "text", *_pair(store), "label", "vector"]):
+            true = labels.to_classes(table["label"].to_pylist(), classes)
+            answers, given = _answers(table, head, true, names)
+            loss = answers["loss"].to_numpy()
+            matrix += metrics.confusion(true, given, len(names))
+            total += float(loss.sum())
+            wrong = np.flatnonzero(given != true)
+            worst += answers.take(wrong[np.argsort(-loss[wrong], kind="stable")[:_WORST]]).to_pylist()
+            worst = sorted(worst, key=lambda row: -row["loss"])[:_WORST]
+            writer = writer or stack.enter_context(pq.ParquetWriter(stream, answers.schema, compression="zstd"))
+            writer.write_table(answers)
     rows = int(matrix.sum())
     return Evaluation(rows, total / max(1, rows), matrix, worst)
+
+
+def _answers(
+    table: pa.Table, head: LinearHead, true: NDArray[np.int64], names: Sequence[str]
+) -> tuple[pa.Table, NDArray[np.int64]]:
+    """What a head gives the rows of a shard, as a table, and as class indices [rows]."""
+    probabilities = head.probabilities(vectors_of(table))
+    given = probabilities.argmax(1)
+    columns = {
+        "label": pa.array([names[i] for i in true], pa.string()),
+        "predicted": pa.array([names[i] for i in given], pa.string()),
+        "score": pa.array(probabilities.max(1)),
+        "loss": pa.array(metrics.losses(probabilities, true)),
+    }
+    answers = table.drop_columns(["vector", "label"])
+    for name, column in columns.items():
+        answers = answers.append_column(name, column)
+    return answers, given
 
 
 def _pair(store: Store) -> list[str]:

@@ -91,12 +91,13 @@ def test_odd_rows_are_counted_and_nothing_is_lost(tiny, tmp_path, ray_cluster, r
     rows += [
         {"id": "empty", "text": "", "label": "no"},
         {"id": "blank", "text": " \t ", "label": "yes"},
+        {"id": "long", "text": "word " * 2000, "label": "no"},
+        # A unit of its own, in which nothing is left:
         {"id": "null", "text": None, "label": "no"},
         {"id": "unlabelled", "text": "who knows", "label": None},
-        {"id": "long", "text": "word " * 2000, "label": "no"},
     ]
     spec = {
-        "data": {"train": rows_file(rows), "id": "id"},
+        "data": {"train": rows_file(rows), "id": "id", "unit_rows": 23},
         "encoder": {"model": str(tiny), "max_length": 64},
         "output": str(tmp_path / "run"),
     }
