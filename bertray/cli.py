@@ -4,8 +4,12 @@ import argparse
 import json
 import logging
 import os
+import shutil
+import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from bertray.errors import BertrayError
@@ -19,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     answer = os.dup(1)
     if options.json:
         os.dup2(2, 1)  # whatever else is printed, by anyone, goes to stderr
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         result = options.action(options)
     except KeyboardInterrupt:
@@ -37,6 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with os.fdopen(answer, "w") as stdout:
             print(json.dumps(result, ensure_ascii=False), file=stdout)
     return 0
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    from bertray.progress import interrupted
+
+    interrupted.set()
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,9 +143,16 @@ def _print_summary(summary: dict[str, Any]) -> None:
     print(f"{'time':<9} " + ", ".join(f"{step} {seconds:.1f} s" for step, seconds in summary["seconds"].items()))
     if "metrics" in summary:
         print(f"{'report':<9} {summary['report']}\n{'bundle':<9} {summary['bundle']}")
-        print(f"{'next':<9} bertray serve {summary['bundle']}")
+        print(f"{'next':<9} {_command()} serve {summary['bundle']}")
     else:
         print(f"{'written':<9} {summary['output']}")
+
+
+def _command() -> str:
+    """How this command can be typed again: by its path where it is not on PATH, as in an environment that is not
+    activated."""
+    path = Path(sys.argv[0])
+    return "bertray" if path.name != "bertray" or shutil.which("bertray") else os.path.relpath(path)
 
 
 def _predict(options: argparse.Namespace) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 import logging
 import sys
+import threading
 import time
 from types import TracebackType
 
 from tqdm import tqdm
 
 log = logging.getLogger("bertray")
+# Set by Ctrl-C: Ray's core at times takes a KeyboardInterrupt for itself, and whatever runs would run on.
+interrupted = threading.Event()
 _LOG_SECONDS = 5.0
 
 
@@ -40,7 +43,13 @@ class Progress:
             self._tell("")
 
     def add(self, count: int, note: str = "") -> None:
-        """Count on; `note` is shown behind the rate."""
+        """Count on; `note` is shown behind the rate.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed, and nobody has heeded it.
+        """
+        if interrupted.is_set():
+            raise KeyboardInterrupt
         self._done += count
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(count)

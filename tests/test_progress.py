@@ -27,6 +27,19 @@ def test_plain_lines_where_there_is_no_terminal():
     assert "ETA" not in lines[1]
 
 
+def test_an_interrupt_that_another_swallowed_still_stops():
+    code = (
+        "import os, signal, contextlib; from bertray import cli, progress;"
+        "signal.signal(signal.SIGINT, cli._interrupt)\n"
+        "with contextlib.suppress(KeyboardInterrupt): os.kill(os.getpid(), signal.SIGINT)\n"
+        "with progress.Progress('embedding', 10, 'rows') as bar:\n"
+        "    try: bar.add(1)\n"
+        "    except KeyboardInterrupt: print('stopped')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "stopped\n"
+
+
 def test_a_bar_on_a_terminal():
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
