@@ -73,7 +73,7 @@ def find(name: str, revision: str = "main") -> Checkpoint:
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _checked(Checkpoint(name, folder.resolve()))
+        return _checked(Checkpoint(str(folder.resolve()), folder.resolve()))  # other processes have other folders
     if name in PACKAGED and (packaged := _packaged(name)):
         return _checked(packaged)
     return _checked(Checkpoint(name, _hub(name, revision)))

@@ -59,7 +59,6 @@ def made_by(spec: EncoderSpec, checkpoint: Checkpoint, columns: Columns, source:
     settings = spec.model_dump(include={"pooling", "max_length", "truncation", "precision"})
     return {
         "recipe": RECIPE,
-        "encoder": checkpoint.name,
         **checkpoint.identity,
         **settings,
         "columns": asdict(columns),
@@ -108,14 +107,13 @@ def embed(
                 tokens += receipt.tokens
                 speed = tokens / (time.monotonic() - started)
                 progress.add(receipt.rows + receipt.rejected, f"{speed:.0f} tokens/s")
-    return {split.name: _finish(split, done[split.name]) for split in splits}
+    return {split.name: _finish(split, done[split.name], checkpoint.name) for split in splits}
 
 
-def _finish(split: Split, receipts: dict[str, Receipt]) -> Manifest:
-    print_of = fingerprint(split.made_by)
-    manifest = Manifest(
-        print_of, {**split.made_by, "versions": versions()}, tuple(receipts[unit.key] for unit in split.units)
-    )
+def _finish(split: Split, receipts: dict[str, Receipt], encoder: str) -> Manifest:
+    # Name and versions are told, but are not part of the fingerprint: the hashes say what the encoder is.
+    made_by = {**split.made_by, "encoder": encoder, "versions": versions()}
+    manifest = Manifest(fingerprint(split.made_by), made_by, tuple(receipts[unit.key] for unit in split.units))
     if not manifest.total("rows"):
         raise SourceError(
             f"{split.name}: none of the {manifest.total('rejected')} rows can be used. "

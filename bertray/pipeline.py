@@ -159,7 +159,11 @@ class _Run:
             self._join_ray()
         fitted = fit(self._store("train"), classes, len(names), self.spec.head, self.spec.ray.fit_workers)
         columns = self.spec.data.model_dump(include={"text", "text_pair", "label", "id"})
-        encoder = {**self.spec.encoder.model_dump(), "identity": self.checkpoint.identity}
+        encoder = {
+            **self.spec.encoder.model_dump(),
+            "model": self.checkpoint.name,
+            "identity": self.checkpoint.identity,
+        }
         bundle = Bundle(
             self.spec.task,
             names,

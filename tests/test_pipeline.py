@@ -66,10 +66,12 @@ def test_running_again_skips_what_is_done(demo, caplog, monkeypatch):
 
 
 def test_a_lost_shard_alone_is_encoded_again(tiny, tmp_path, ray_cluster, rows_file):
+    """On two encoder processes; the vectors do not depend on which."""
     rows = [{"text": f"text number {i}", "label": i % 2} for i in range(60)]
     spec = {
         "data": {"train": rows_file(rows), "unit_rows": 20},
         "encoder": {"model": str(tiny), "pooling": "mean"},
+        "ray": {"workers": 2, "cpus_per_worker": 1},
         "output": str(tmp_path / "run"),
     }
     bertray.run(spec, until="embed")
