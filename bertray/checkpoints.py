@@ -6,7 +6,6 @@ Face cache and on its hub. Knows nothing of what the weights compute.
 
 import hashlib
 import importlib.metadata
-import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,10 +58,6 @@ class Checkpoint:
             "config": _sha256(self.folder / "config.json"),
             "tokenizer": _sha256(tokenizer),
         }
-
-    @cached_property
-    def config(self) -> dict[str, object]:
-        return json.loads((self.folder / "config.json").read_text())
 
 
 def find(name: str, revision: str = "main") -> Checkpoint:

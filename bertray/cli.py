@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        known = isinstance(error, BertrayError)
+        known = isinstance(error, BertrayError | OSError)  # such as a folder that may not be written
         line = str(error) if known else f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         print(f"bertray: {line}" if known else f"bertray: unexpected {line} (--debug shows all)", file=sys.stderr)
         return 2 if known else 1
@@ -105,8 +105,9 @@ def _add_predict(commands: Any, common: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--output", required=True, metavar="OUT", help="a .csv, .jsonl or .parquet file, or a folder for Parquet shards"
     )
-    for column in ("text", "text-pair", "id"):
+    for column in ("text", "text-pair"):
         command.add_argument(f"--{column}", metavar="COLUMN", help="column of the input, if not as in training")
+    command.add_argument("--id", metavar="COLUMN", help="column of the ids; else they are made of file and row")
     command.add_argument("--format", default="auto", help="format of the input; auto goes by file names")
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a size for Ray, such as ray.workers=4"

@@ -96,25 +96,44 @@ def plan_workers(sizes: RaySizes, units: int) -> Workers:
     """
     import ray
 
-    total, free = ray.cluster_resources(), ray.available_resources()
-    gpus = int(total.get("GPU", 0))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    free = ray.available_resources()
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
     if sizes.device == "cuda" and not gpus:
         raise ClusterError("ray.device is cuda, but the Ray cluster has no GPU. Set ray.device to auto or cpu.")
     device = "cuda" if gpus and sizes.device != "cpu" else "cpu"
-    cpus = max(1, int(free.get("CPU", 0)))
-    if sizes.cpus_per_worker != "auto":
-        threads = int(sizes.cpus_per_worker)
-    else:
-        threads = max(1, min(_CPUS_PER_WORKER, cpus // gpus if device == "cuda" else cpus))
-    fit = gpus if device == "cuda" else max(1, cpus // threads)
-    count = fit if sizes.workers == "auto" else int(sizes.workers)
-    # Less than whole CPUs, so that whatever else runs there finds a place beside the actors.
-    num_cpus = 0.9 * threads
-    if count * num_cpus > total.get("CPU", 0) or (device == "cuda" and count > gpus):
+    hosts = [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
+    if device == "cuda":
+        hosts = [(cpu, gpu) for cpu, gpu in hosts if gpu]
+    threads = _threads(sizes, device, hosts, int(free.get("CPU", 0)))
+    # A worker has to fit a node. For each, what has more room than CPUs is bounded by GPUs, if it takes any.
+    room = sum(min(cpu // threads, gpu) if device == "cuda" else cpu // threads for cpu, gpu in hosts)
+    count = int(sizes.workers) if sizes.workers != "auto" else room
+    if sizes.workers == "auto" and device == "cpu":
+        count = min(room, max(1, int(free.get("CPU", 0)) // threads))  # others may be at work there
+    if not 0 < count <= room:
+        wanted = "a worker" if sizes.workers == "auto" else f"ray.workers {count}"
         raise ClusterError(
-            f"ray.workers {count} with {threads} CPUs each is more than the Ray cluster has "
-            f"({total.get('CPU', 0):g} CPUs, {gpus} GPUs). Lower ray.workers or ray.cpus_per_worker."
+            f"{wanted} of {threads} CPUs each is more than the Ray cluster has room for ("
+            + ", ".join(f"a node of {cpu} CPUs and {gpu} GPUs" for cpu, gpu in hosts)
+            + "). Lower ray.workers or ray.cpus_per_worker."
         )
-    if num_cpus > free.get("CPU", 0):
-        log.warning("waiting for a worker's %g CPUs: the Ray cluster has %g free", num_cpus, free.get("CPU", 0))
-    return Workers(min(count, max(1, units)), device, threads, num_cpus, 1.0 if device == "cuda" else 0.0)
+    # Less than whole CPUs, so that whatever else runs there finds a place beside the actors.
+    workers = Workers(min(count, max(1, units)), device, threads, 0.9 * threads, 1.0 if device == "cuda" else 0.0)
+    for resource, need in (("CPU", workers.num_cpus), ("GPU", workers.num_gpus)):
+        if need > free.get(resource, 0):
+            log.warning("waiting for %g %s: the Ray cluster has %g free", need, resource, free.get(resource, 0))
+    return workers
+
+
+def _threads(sizes: RaySizes, device: str, hosts: list[tuple[int, int]], free: int) -> int:
+    """CPUs of each worker: as the spec says, or a fair share of a node, up to where more threads gain little."""
+    if sizes.cpus_per_worker != "auto":
+        return int(sizes.cpus_per_worker)
+    if device == "cuda":
+        share = min(cpu // gpu for cpu, gpu in hosts)
+    elif sizes.workers != "auto":
+        share = sum(cpu for cpu, _ in hosts) // int(sizes.workers)
+    else:
+        share = min(free, max(cpu for cpu, _ in hosts))
+    return max(1, min(_CPUS_PER_WORKER, share))

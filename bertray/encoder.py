@@ -28,7 +28,7 @@ _BUDGETS = {"cpu": 4096, "cuda": 65_536}
 class Encoded:
     """What encoding n texts gives.
 
-    vectors: [n, width] float32 for fp32, otherwise float16 (which holds every bit of bf16's and fp16's results).
+    vectors: [n, width] float32 for fp32, otherwise float16 (finer than bf16; its narrower range is checked).
     tokens: [n] how many tokens each text has.
     truncated: [n] whether it lost its tail.
     """
@@ -73,6 +73,10 @@ class Encoder:
         vectors = torch.empty((len(texts), self.width), dtype=self._stored)
         for rows in packs(tokens.lengths, self.budget):
             vectors[torch.from_numpy(rows)] = self._forward(tokens, rows)
+        if not torch.isfinite(vectors).all():
+            raise CheckpointError(
+                f"Vectors in {self.precision} exceed what can be stored. Set encoder.precision to fp32."
+            )
         return Encoded(vectors.numpy(), tokens.lengths, tokens.truncated)
 
     @torch.inference_mode()

@@ -94,12 +94,13 @@ def _fit_on(workers: int, config: dict[str, Any], tell: Tell) -> dict[str, Any]:
             run_config=RunConfig(name="bertray", storage_path=folder),
         )
         # Not in the main thread: there Train takes over SIGINT and keeps it.
-        with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(trainer.fit)
-            while not running.done():
-                time.sleep(_POLL_SECONDS)
-                for step, loss in ray.get(board.take.remote()):
-                    tell(step, loss)
+        pool = ThreadPoolExecutor(1)
+        running = pool.submit(trainer.fit)
+        pool.shutdown(wait=False)  # Ctrl-C must not wait for it
+        ended = False
+        while not ended:
+            time.sleep(_POLL_SECONDS)
+            ended = running.done()
             for step, loss in ray.get(board.take.remote()):
                 tell(step, loss)
         return running.result().return_value

@@ -304,6 +304,11 @@ def _from_records(records: list[Any], rows: Rows) -> pa.Table:
         values = [record.get(column) for record in records]
         try:
             arrays[column] = pa.array(values)
+        except UnicodeEncodeError as error:
+            raise SourceError(
+                f"{rows.url}: column {column!r} holds half a character (a lone surrogate) "
+                f"in {str(error.object)[:40]!a}. Remove it from the text."
+            ) from None
         except (pa.ArrowException, OverflowError):  # strings and numbers, say: all as strings, as in a CSV file
             if odd := [value for value in values if isinstance(value, (list, dict))]:
                 raise SourceError(

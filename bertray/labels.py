@@ -46,6 +46,11 @@ def index(distinct: Iterable[str], names: Sequence[str]) -> dict[str, int]:
     if all(label in names for label in labels):
         return {label: names.index(label) for label in labels}
     mixed = [label for label in labels if not (_is_number(label) and int(label) < len(names))]
+    if mixed and len(mixed) < len(labels) and mixed[0] in names:
+        number = next(label for label in labels if label not in mixed)
+        raise SourceError(
+            f"The labels mix names ({mixed[0]!r}) and numbers ({number!r}). Write all as names, or all as numbers."
+        )
     if mixed:
         raise SourceError(
             f"Label {mixed[0]!r} is none of the label names ({', '.join(names[:10])}). "

@@ -67,6 +67,8 @@ class _Run:
         self.splits = self._splits(given)
         self.seconds["prepare"] = round(time.perf_counter() - started, 3)
         self.manifests: dict[str, Manifest] = {}
+        path = self.folder / "metrics.json"
+        self.saved: dict[str, Any] = json.loads(path.read()) if path.exists() else {}
 
     def until(self, last: str) -> dict[str, Any]:
         with ExitStack() as stack:
@@ -107,6 +109,11 @@ class _Run:
         identity = {"given": name} if rows is not None else source.model_dump(exclude={"limit"})
         if rows is None and (source.hub or is_saved_dataset(source)):
             rows = from_hub(source)
+        elif rows is None and (source.split or source.config):
+            raise SpecError(
+                f"data.{name}: split and config are for hub and save_to_disk data sets. {source.path} is files: give "
+                "files of its own to each split, or use limit."
+            )
         if rows is not None:
             folder = self.folder / "rows" / name
             carried = stage(rows, columns, folder)
@@ -164,6 +171,7 @@ class _Run:
             "model": self.checkpoint.name,
             "identity": self.checkpoint.identity,
         }
+        (self.folder / "metrics.json").delete()  # its figures are another head's
         bundle = Bundle(
             self.spec.task,
             names,
@@ -191,12 +199,13 @@ class _Run:
             }
         )
         path = self.folder / "metrics.json"
-        saved = json.loads(path.read()) if path.exists() else {}
-        if saved.get("fingerprint") == made:
+        if self.saved.get("fingerprint") == made and path.exists() and (self.folder / "report.html").exists():
             log.info("evaluating: done already")
-            return saved
+            return {**self.saved, **self._places()}
         path.delete()  # while predictions and report change, they are nobody's
-        self.seconds = {**saved.get("seconds", {}), **{k: v for k, v in self.seconds.items() if v}}
+        (self.folder / "predictions").delete()
+        before = {step: s for step, s in self.saved.get("seconds", {}).items() if step in ("embed", "fit")}
+        self.seconds = {**before, **{step: s for step, s in self.seconds.items() if s}}
         names, classes = self._classes()
         evaluations: dict[str, Evaluation] = self._timed(
             "evaluate",
@@ -252,15 +261,17 @@ class _Run:
             if name != "examples"
         }
         return {
-            "output": self.folder.url,
-            "report": (self.folder / "report.html").url,
-            "bundle": (self.folder / "head").url,
+            **self._places(),
             "task": self.spec.task,
             "encoder": self.spec.encoder.model_dump(),
             "rows": rows,
             "seconds": self.seconds,
             **more,
         }
+
+    def _places(self) -> dict[str, str]:
+        places = {"output": self.folder, "report": self.folder / "report.html", "bundle": self.folder / "head"}
+        return {name: place.url for name, place in places.items()}
 
     def _report(self, summary: dict[str, Any], evaluations: Mapping[str, Evaluation], bundle: Bundle) -> None:
         from bertray.report import html

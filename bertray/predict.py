@@ -16,9 +16,9 @@ from bertray import checkpoints
 from bertray.bundle import Bundle
 from bertray.checkpoints import Checkpoint
 from bertray.embed import Split, embed, made_by
-from bertray.errors import BertrayError, BundleError
+from bertray.errors import BertrayError, BundleError, SourceError
 from bertray.heads import LinearHead
-from bertray.sources import Columns, units
+from bertray.sources import Columns, is_saved_dataset, units
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import RaySizes, Source, fingerprint
 from bertray.storage import Location
@@ -48,7 +48,7 @@ class Predictor:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.bundle = bundle
-        self.encoder = Encoder(_checkpoint(bundle), _encoder_spec(bundle), device, threads)
+        self.encoder = Encoder(checkpoint_of(bundle), _encoder_spec(bundle), device, threads)
 
     def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Predictions:
         """Label texts, or with `pairs` the pairs (texts[i], pairs[i]).
@@ -85,26 +85,40 @@ def predict_files(bundle_url: str, source: Source, output: str, columns: Columns
     """Label all rows of a source on the connected Ray cluster, resumable like embedding.
 
     Writes to `output` id, text (and text_pair), label, score and probabilities of each row: one file where it
-    ends in .parquet, .csv or .jsonl, else a folder of Parquet shards with a manifest.
+    ends in .parquet, .csv or .jsonl, else a folder of Parquet shards with a manifest. Rows that are set aside go
+    to OUTPUT.rejects.jsonl, or into the folder's rejects/.
     """
     bundle = bundles.load(bundle_url)
+    if bool(columns.text_pair) != bundle.pairs:
+        takes = (
+            "pairs: give the column of the second text" if bundle.pairs else "single texts: leave out the second text"
+        )
+        raise BundleError(f"{bundle_url} takes {takes} (--text-pair).")
+    if is_saved_dataset(source):
+        raise SourceError(f"{source.path} is a save_to_disk folder. Give its rows as files, such as Parquet.")
+    if Location(output).url.startswith(f"{Location(source.path).url}/"):
+        raise BertrayError(f"{output} lies inside the input {source.path}. Give another --output.")
+    cut = tuple(units(source, columns))
     kind = output.rpartition(".")[2] if output.endswith((".parquet", ".csv", ".jsonl")) else ""
     store = Store(f"{output}.parts" if kind else output)
-    checkpoint, spec = _checkpoint(bundle), _encoder_spec(bundle)
+    checkpoint, spec = checkpoint_of(bundle), _encoder_spec(bundle)
     made = {**made_by(spec, checkpoint, columns, source.model_dump()), "bundle": bundle.fingerprint}
     _refuse_other(store, fingerprint(made), output)
-    split = Split("predictions", tuple(units(source, columns)), columns, store, made)
+    split = Split("predictions", cut, columns, store, made)
     finish = WithPredictions(bundle.head, bundle.labels)
     manifest = embed([split], spec, checkpoint, sizes, finish=finish)["predictions"]
     if kind:
         join(store, Location(output), kind, bundle)
+        if manifest.total("rejected"):
+            rejects = store.location / "rejects"
+            Location(f"{output}.rejects.jsonl").write(b"".join((rejects / f.name).read() for f in rejects.files()))
         store.location.delete()
     return manifest
 
 
 def _refuse_other(store: Store, fingerprint: str, output: str) -> None:
     """Shards of another bundle or source must not mix with these: the folder remembers what it is for."""
-    marker = store.location / "made-by.txt"
+    marker = store.location / ".made-by"
     if marker.exists() and marker.read().decode() != fingerprint:
         raise BertrayError(
             f"{store.url} holds predictions of another bundle or input. Delete it, or give another --output."
@@ -163,7 +177,13 @@ def _encoder_spec(bundle: Bundle) -> EncoderSpec:
     return EncoderSpec(**{name: value for name, value in bundle.encoder.items() if name != "identity"})
 
 
-def _checkpoint(bundle: Bundle) -> Checkpoint:
+def checkpoint_of(bundle: Bundle) -> Checkpoint:
+    """The checkpoint that a bundle was fitted on.
+
+    Raises:
+        CheckpointError: it cannot be had.
+        BundleError: what is found by its name is not the same.
+    """
     name, revision, identity = (bundle.encoder[key] for key in ("model", "revision", "identity"))
     checkpoint = checkpoints.find(name, revision)
     if checkpoint.identity != identity:

@@ -10,7 +10,7 @@ from typing import Any
 from bertray import bundle as bundles
 from bertray.cluster import connected
 from bertray.errors import BertrayError
-from bertray.predict import Predictor
+from bertray.predict import Predictor, checkpoint_of
 from bertray.spec import RaySizes
 
 MAX_BATCH = 64
@@ -128,7 +128,7 @@ def run(bundle_url: str, host: str, port: int, sizes: RaySizes) -> None:
     Raises:
         BertrayError: there is no such bundle, or the port is taken.
     """
-    bundles.load(bundle_url)  # what is wrong shows before Ray starts
+    checkpoint_of(bundles.load(bundle_url))  # what is wrong shows before Ray starts
     _check_port(host, port)
     with connected(sizes):
         _serve(bundle_url, host, port)

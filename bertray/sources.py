@@ -107,7 +107,13 @@ def find_files(source: Source) -> list[FileInfo]:
             "at the folder where the command is run)."
         )
     if source.format == "auto" and len(files) > 1:
-        files = [file for file in files if format_of(file.name)]  # a folder may hold a README and the like
+        files = [file for file in files if format_of(file.name)]  # a folder may hold a README.md and the like
+        formats = sorted({format_of(file.name) for file in files})
+        if len(formats) != 1:
+            found = (
+                f"files of several formats ({', '.join(formats)})" if formats else "no file whose name tells a format"
+            )
+            raise SourceError(f"{source.path} holds {found}. Set format, or give a glob such as {source.path}/*.csv.")
     return files
 
 
@@ -161,15 +167,17 @@ class Reader:
 def normalize(table: pa.Table, columns: Columns, unit: Unit) -> Batch:
     """Bring the user's columns into their form: ids, texts and labels as strings, rejects apart."""
     place = f"{unit.url} (rows {unit.start} to {unit.stop})"
+    # An empty field of a CSV file is an empty text, but neither an id nor a label.
+    none = "" if unit.format in ("csv", "tsv") else None
     derived = pa.array([f"{unit.name}:{row}" for row in range(unit.start, unit.start + table.num_rows)], pa.string())
-    ids = pc.coalesce(_keys(table, columns.id, place), derived) if columns.id else derived
+    ids = pc.coalesce(_keys(table, columns.id, place, none), derived) if columns.id else derived
     arrays = {"id": ids, "text": _texts(table, columns.text, place)}
     if columns.text_pair:
         arrays["text_pair"] = _texts(table, columns.text_pair, place)
-    arrays["label"] = _keys(table, columns.label, place) if columns.label else pa.nulls(table.num_rows, pa.string())
+    arrays["label"] = (
+        _keys(table, columns.label, place, none) if columns.label else pa.nulls(table.num_rows, pa.string())
+    )
     required = [name for name in ("text", "text_pair", "label") if getattr(columns, name)]
-    if unit.format in ("csv", "tsv"):  # an empty field is an empty text, but not a label
-        arrays["label"] = pc.if_else(pc.equal(arrays["label"], ""), None, arrays["label"])
     rows = pa.table(arrays)
     reason = pa.nulls(table.num_rows, pa.string())
     for name in required:
@@ -192,18 +200,22 @@ def _texts(table: pa.Table, name: str, place: str) -> pa.ChunkedArray:
     return column.cast(pa.string())
 
 
-def _keys(table: pa.Table, name: str, place: str) -> pa.ChunkedArray:
-    """A column of ids or labels as strings: strings, whole numbers and booleans."""
+def _keys(table: pa.Table, name: str, place: str, none: str | None) -> pa.ChunkedArray:
+    """A column of ids or labels as strings: strings, whole numbers and booleans; `none` stands for null."""
     column = _column(table, name)
     if pa.types.is_floating(column.type):  # whole numbers beside missing ones, as pandas keeps them
         column = pc.if_else(pc.is_nan(column), None, column)
-        if pc.all(pc.equal(column, pc.floor(column))).as_py() is not False:
+        if (
+            pc.all(pc.is_finite(column)).as_py() is not False
+            and pc.all(pc.equal(column, pc.floor(column))).as_py() is not False
+        ):
             column = column.cast(pa.int64())
     if not any(test(column.type) for test in (_is_string, pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)):
         raise SourceError(
             f"{place}: column {name!r} must hold strings or whole numbers. It holds {column.type} instead."
         )
-    return column.cast(pa.string())
+    column = column.cast(pa.string())
+    return column if none is None else pc.if_else(pc.equal(column, none), None, column)
 
 
 def _is_string(kind: pa.DataType) -> bool:
@@ -220,8 +232,13 @@ def stage(rows: Any, columns: Columns, folder: Location) -> tuple[str, ...]:
         The label names that the rows carry themselves (`ClassLabel`), if any.
     """
     _check_names(rows, columns)
+    names = tuple(getattr((getattr(rows, "features", None) or {}).get(columns.label), "names", None) or ())
     written = []
     for number, table in enumerate(_tables(rows, columns.names)):
+        if names:  # numbers would be taken for names, where the names are numbers
+            classes = pc.if_else(pc.less(table[columns.label], 0), None, table[columns.label])
+            place = table.column_names.index(columns.label)
+            table = table.set_column(place, columns.label, pc.take(pa.array(names, pa.string()), classes))
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         data = sink.getvalue()
@@ -232,11 +249,14 @@ def stage(rows: Any, columns: Columns, folder: Location) -> tuple[str, ...]:
     for file in folder.files():
         if file.name not in written:
             (folder / file.name).delete()  # of an earlier content
-    features = getattr(rows, "features", None) or {}
-    return tuple(getattr(features.get(columns.label), "names", None) or ())
+    if not written:
+        raise SourceError("The rows are empty. Give at least one.")
+    return names
 
 
 def _check_names(rows: Any, columns: Columns) -> None:
+    if not any(hasattr(rows, name) for name in ("column_names", "columns")):
+        raise SourceError(f"Rows in memory must be a frame, a data set or a table. Got {type(rows).__name__} instead.")
     names = rows.column_names if hasattr(rows, "column_names") else rows.columns
     names = names() if callable(names) else names  # a Ray Dataset asks its first block
     for name in columns.names:
@@ -256,7 +276,10 @@ def _tables(rows: Any, names: Iterable[str]) -> Iterator[pa.Table]:
     elif hasattr(rows, "with_format"):  # a datasets.Dataset
         batches = rows.select_columns(names).with_format("arrow").iter(_STAGED_ROWS)
     else:
-        table = rows if isinstance(rows, pa.Table) else pa.Table.from_pandas(rows[names], preserve_index=False)
+        try:
+            table = rows if isinstance(rows, pa.Table) else pa.Table.from_pandas(rows[names], preserve_index=False)
+        except pa.ArrowException as error:
+            raise SourceError(f"The rows cannot be read: {' '.join(map(str, error.args))}") from None
         batches = (table.slice(start, _STAGED_ROWS) for start in range(0, table.num_rows, _STAGED_ROWS))
     for batch in batches:
         yield batch.select(names).replace_schema_metadata(None)

@@ -5,6 +5,8 @@ A write is whole or not at all: local files are renamed into place, objects appe
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -82,29 +84,29 @@ class Location:
         with self.open() as stream:
             return bytes(stream.read())
 
-    def create(self) -> Any:
-        """A stream to write to, for what is too large to `write` at once; a local file shows while it grows."""
-        if self.local:
-            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-        return self.fs.open_output_stream(self.path)
+    @contextmanager
+    def create(self) -> Iterator[Any]:
+        """A stream to write to, for what is too large to `write` at once; a local file shows when it is whole."""
+        if not self.local:
+            with self.fs.open_output_stream(self.path) as stream:
+                yield stream
+            return
+        target = Path(self.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            with self.fs.open_output_stream(str(partial)) as stream:
+                yield stream
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def write(self, data: bytes | pa.Buffer) -> None:
         """Write a file whole or not at all, with the folders above it."""
-        if self.local:
-            target = Path(self.path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f".{target.name}.{os.getpid()}")
-            try:
-                with partial.open("wb") as stream:
-                    stream.write(data)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                partial.replace(target)
-            finally:
-                partial.unlink(missing_ok=True)
-        else:
-            with self.fs.open_output_stream(self.path) as stream:
-                stream.write(data)
+        with self.create() as stream:
+            stream.write(data)
 
     def delete(self) -> None:
         """Remove the file or folder, if it is there."""

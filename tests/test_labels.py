@@ -23,7 +23,12 @@ def test_what_class_a_label_stands_for(found, names, expected):
     assert labels.index(found, names) == expected
 
 
-@pytest.mark.parametrize("found", [["neg", "0"], ["2"], ["other"], ["-1"], ["²"]])
+def test_names_and_numbers_together():
+    with pytest.raises(SourceError, match="mix names \\('neg'\\) and numbers \\('1'\\)"):
+        labels.index(["neg", "1"], ("neg", "pos"))
+
+
+@pytest.mark.parametrize("found", [["neg", "x"], ["2"], ["other"], ["-1"], ["²"]])
 def test_labels_outside_the_names(found):
     with pytest.raises(SourceError, match="label"):
         labels.check(found, ("a", "b"), "rows.csv")

@@ -140,6 +140,7 @@ FEW = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}] * 3
 BAD_SPECS = {
     "no source": ({}, "data.train must name a path or a hub data set"),
     "no such file": ({"data": {"train": "/no/such.csv"}}, "/no/such.csv does not exist"),
+    "slice of a file": ({"data": {"train": {"path": "a.csv", "split": "train[:9]"}}}, "split and config are for hub"),
     "wrong column": ({"data": {"text": "words"}}, "has no column 'words'. It has: text, label"),
     "label outside": ({"data": {"labels": ["x", "z"]}}, "label 'y' is none of data.labels"),
     "one label": ({"rows": FEW[:1] * 3}, "one label only"),
@@ -147,7 +148,8 @@ BAD_SPECS = {
     "float labels": ({"rows": [{"text": "a", "label": 0.5}]}, "must hold strings or whole numbers"),
     "no such model": ({"encoder": {"model": "some-one/nothing"}}, "was not found: it is not in the Hugging Face cache"),
     "no gpu": ({"ray": {"device": "cuda"}}, "the Ray cluster has no GPU"),
-    "too many workers": ({"ray": {"workers": 99}}, "more than the Ray cluster has"),
+    "too many workers": ({"ray": {"workers": 99}}, "ray.workers 99 of 1 CPUs each is more than the Ray"),
+    "too large workers": ({"ray": {"cpus_per_worker": 99}}, "a worker of 99 CPUs each is more than the Ray"),
     "too long": ({"encoder": {"max_length": 5000}}, "max_length must be at most 512"),
 }  # fmt: skip
 

@@ -94,6 +94,27 @@ def test_files_are_labelled_in_order(demo, predictor, answers, tmp_path, kind):
     assert table["label"].to_pylist() == predictor.predict(texts).labels
 
 
+def test_rows_that_cannot_be_labelled_are_kept_beside_the_answers(demo, tmp_path, ray_cluster):
+    (tmp_path / "rows.jsonl").write_text('{"text": "so good"}\n{"text": null}\n{"text": "so bad"}\n')
+    source, output = Source(path=str(tmp_path / "rows.jsonl")), str(tmp_path / "answers.csv")
+    with pytest.raises(BertrayError, match="has no column 'words'"):
+        predict_files(demo["bundle"], source, output, Columns("words"), RaySizes())
+    predict_files(demo["bundle"], source, output, Columns("text"), RaySizes())  # not held up by the mistake before
+    table = pa.csv.read_csv(output)
+    assert table["id"].to_pylist() == ["rows.jsonl:0", "rows.jsonl:2"]
+    (reject,) = [json.loads(line) for line in (tmp_path / "answers.csv.rejects.jsonl").read_text().splitlines()]
+    assert reject == {"id": "rows.jsonl:1", "reason": "text is null", "preview": ""}
+
+
+def test_pairs_and_places_that_do_not_fit_are_refused(demo, tmp_path):
+    (tmp_path / "rows.csv").write_text("text,other\na,b\n")
+    source = Source(path=str(tmp_path))
+    with pytest.raises(BundleError, match="takes single texts"):
+        predict_files(demo["bundle"], source, "x.csv", Columns("text", "other"), RaySizes())
+    with pytest.raises(BertrayError, match="lies inside the input"):
+        predict_files(demo["bundle"], source, str(tmp_path / "x.csv"), Columns("text"), RaySizes())
+
+
 def test_answers_of_another_job_are_not_mixed_in(demo, answers, tmp_path):
     output = str(answers)
     predict_files(demo["bundle"], Source(path=TEST), output, Columns("text"), RaySizes())  # again: nothing to do

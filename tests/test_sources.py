@@ -165,7 +165,8 @@ BAD = {
     "latin.jsonl": (b'{"text": "\xe9", "label": 1}\n', "latin.jsonl:1 is not UTF-8"),
     "latin.csv": (b"text,label\n\xe9,1\n", "latin.csv cannot be read: .*UTF8"),
     "latin.txt": (b"\xe9\n", "latin.txt is not UTF-8"),
-    "surrogate.jsonl": ('{"text": "\\ud800", "label": 1}\n', "surrogate.jsonl is not UTF-8"),
+    "surrogate.jsonl": ('{"text": "\\ud800", "label": 1}\n', "column 'text' holds half a character"),
+    "inf.jsonl": ('{"text": "a", "label": Infinity}\n', "column 'label' must hold strings or whole numbers"),
     "not.parquet": ("hello", "not.parquet cannot be read"),
     "not.arrow": ("hello", "not.arrow cannot be read"),
     "cut.json": ('[{"text": "a", "label": 1}, {"te', "cut.json is not JSON"),
@@ -261,6 +262,36 @@ def test_save_to_disk_folders_and_their_splits(tmp_path):
         from_hub(Source(path=str(tmp_path / "disk")))
     with pytest.raises(SourceError, match="cannot be loaded: Unknown split"):
         from_hub(Source(path=str(tmp_path / "disk"), split="nope"))
+
+
+def test_names_that_look_like_numbers_are_not_taken_for_them(tmp_path):
+    """The library sorts the names of a ClassLabel as strings: 10 is its number 2."""
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": [f"t{i}" for i in range(11)], "label": list(range(11))})
+    names = stage(rows.class_encode_column("label"), Columns("text", label="label"), Location(str(tmp_path)))
+    assert names[2] == "10"
+    assert read_all(Source(path=str(tmp_path)), Columns("text", label="label"))["label"].to_pylist() == [
+        str(i) for i in range(11)
+    ]
+
+
+def test_folders_of_several_formats_are_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("text\na\n")
+    (tmp_path / "README.txt").write_text("about the rows")
+    with pytest.raises(SourceError, match="holds files of several formats \\(csv, text\\)"):
+        units(Source(path=str(tmp_path)), Columns("text"))
+    assert len(units(Source(path=f"{tmp_path}/*.csv"), Columns("text"))) == 1
+
+
+def test_rows_in_memory_that_are_none(tmp_path):
+    for rows, message in (
+        ([{"text": "a"}], "must be a frame, a data set or a table. Got list"),
+        (FRAME[:0], "The rows are empty"),
+        (pd.DataFrame({"id": ["a", "b"], "text": ["x", "y"], "label": [1, "b"]}), "The rows cannot be read"),
+    ):
+        with pytest.raises(SourceError, match=message):
+            stage(rows, COLUMNS, Location(str(tmp_path)))
 
 
 def test_hub_data_sets_with_slices(tmp_path):
