@@ -169,6 +169,17 @@ class _Share:
                 dist.all_reduce(tensor)
 
 
+def _backward(
+    linear: "torch.nn.Linear", x: "torch.Tensor", y: "torch.Tensor", l2: float, rows: int, share: _Share
+) -> "torch.Tensor":
+    """The gradient over the rows of all workers, left in the parameters, and this worker's part of the objective."""
+    linear.zero_grad()
+    loss = linear_objective(linear.weight, linear.bias, x, y, l2, rows, 1 / share.world)
+    loss.backward()
+    share.sum(*(parameter.grad for parameter in linear.parameters() if parameter.grad is not None))
+    return loss.detach()
+
+
 def _in_batches(
     linear: "torch.nn.Linear",
     x: "torch.Tensor",
@@ -194,14 +205,9 @@ def _in_batches(
         total = torch.zeros(())
         for batch in torch.randperm(len(x), generator=generator).split(spec.batch_size):
             mine = share.of(batch)
-            loss = linear_objective(
-                linear.weight, linear.bias, x[mine].float(), y[mine], spec.l2, len(batch), 1 / share.world
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            share.sum(*(parameter.grad for parameter in linear.parameters()))  # type: ignore[arg-type]
+            loss = _backward(linear, x[mine].float(), y[mine], spec.l2, len(batch), share)
             optimizer.step()
-            total += loss.detach() * len(batch)
+            total += loss * len(batch)
             if left <= averaged:
                 mean.update_parameters(linear)
             left -= 1
@@ -239,11 +245,8 @@ def _to_optimum(
     )
 
     def closure() -> "torch.Tensor":
-        optimizer.zero_grad()
-        loss = linear_objective(linear.weight, linear.bias, mine_x, mine_y, spec.l2, len(x), 1 / share.world)
-        loss.backward()
-        total = loss.detach()
-        share.sum(total, *(parameter.grad for parameter in linear.parameters()))  # type: ignore[arg-type]
+        total = _backward(linear, mine_x, mine_y, spec.l2, len(x), share)
+        share.sum(total)
         record(float(total))
         return total
 
