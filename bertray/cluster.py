@@ -133,7 +133,8 @@ def _threads(sizes: RaySizes, device: str, hosts: list[tuple[int, int]], free: i
     if device == "cuda":
         share = min(cpu // gpu for cpu, gpu in hosts)
     elif sizes.workers != "auto":
-        share = sum(cpu for cpu, _ in hosts) // int(sizes.workers)
+        fitting = (n for n in range(_CPUS_PER_WORKER, 0, -1) if sum(cpu // n for cpu, _ in hosts) >= int(sizes.workers))
+        share = next(fitting, 1)
     else:
         share = min(free, max(cpu for cpu, _ in hosts))
     return max(1, min(_CPUS_PER_WORKER, share))

@@ -8,7 +8,7 @@ import json
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -195,6 +195,9 @@ class UnitEncoder:
             return {"split": split, "value": json.dumps(asdict(receipt)), "error": ""}
         except BertrayError as error:
             return {"split": split, "value": str(error), "error": type(error).__name__}
+        except OSError as error:  # a full disk, a store out of reach
+            line = f"{self.job.stores[split].url} cannot be written on {platform.node()}: {error}"
+            return {"split": split, "value": " ".join(line.split()), "error": "StoreError"}
 
     def _encode(self, split: str, unit: Unit) -> Receipt:
         started = time.perf_counter()
@@ -224,10 +227,11 @@ def _empty(texts: pa.ChunkedArray) -> int:
     return int(pc.sum(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0)).as_py() or 0)
 
 
-def reasons(store: Store) -> dict[str, int]:
+def reasons(store: Store, manifest: Manifest) -> dict[str, int]:
     """How many rows were set aside for each reason."""
     counts: Counter[str] = Counter()
-    for file in (store.location / "rejects").files():
-        lines: Iterable[bytes] = (store.location / "rejects" / file.name).read().split(b"\n")
-        counts.update(json.loads(line)["reason"] for line in lines if line)
+    for receipt in manifest.units:
+        if receipt.rejected:
+            lines = (store.location / "rejects" / f"{receipt.unit}.jsonl").read().split(b"\n")
+            counts.update(json.loads(line)["reason"] for line in lines if line)
     return dict(counts)

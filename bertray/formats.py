@@ -258,7 +258,7 @@ class _JsonLines(_Lines):
         records = []
         for number, line in enumerate(lines, self.position + 1):
             try:
-                records.append(json.loads(line) if line.strip() else {})
+                records.append(json.loads(line, parse_constant=_constant) if line.strip() else {})
             except UnicodeDecodeError:
                 raise SourceError(f"{self.url}:{number} is not UTF-8 text.") from None
             except ValueError as error:
@@ -272,7 +272,10 @@ class _JsonArray(Rows):
     def _open(self, location: Location) -> None:
         import ijson
 
-        self._records = ijson.items(location.open("detect"), "item", use_float=True)
+        stream = io.BufferedReader(location.open("detect"))
+        if stream.peek(3).startswith(b"\xef\xbb\xbf"):
+            stream.read(3)
+        self._records = ijson.items(stream, "item", use_float=True)
 
     def _next(self, rows: int) -> Iterator[Any]:
         import ijson
@@ -314,10 +317,19 @@ def _from_records(records: list[Any], rows: Rows) -> pa.Table:
                 raise SourceError(
                     f"{rows.url}: column {column!r} must hold strings or numbers. Got {str(odd[0])[:60]} instead."
                 ) from None
-            arrays[column] = pa.array(
-                [value if isinstance(value, str | None) else json.dumps(value) for value in values], pa.string()
-            )
+            arrays[column] = pa.array([_string(value) for value in values], pa.string())
     return pa.table(arrays)
+
+
+def _string(value: Any) -> str | None:
+    if isinstance(value, str | None):
+        return value
+    return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def _constant(name: str) -> float | None:
+    """NaN, which is no JSON, but what Python writes for a missing value."""
+    return None if name == "NaN" else float(name)
 
 
 def _is_array(location: Location) -> bool:

@@ -52,8 +52,9 @@ def index(distinct: Iterable[str], names: Sequence[str]) -> dict[str, int]:
             f"The labels mix names ({mixed[0]!r}) and numbers ({number!r}). Write all as names, or all as numbers."
         )
     if mixed:
+        odd = next((label for label in mixed if label not in names), mixed[0])
         raise SourceError(
-            f"Label {mixed[0]!r} is none of the label names ({', '.join(names[:10])}). "
+            f"Label {odd!r} is none of the label names ({', '.join(names[:10])}). "
             "Correct the rows, or give all names in data.labels."
         )
     return {label: int(label) for label in labels}

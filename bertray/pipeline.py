@@ -16,12 +16,12 @@ from bertray import checkpoints, labels
 from bertray.bundle import Bundle
 from bertray.cluster import connected
 from bertray.embed import Split, embed, made_by, reasons, versions
-from bertray.errors import SourceError, SpecError
+from bertray.errors import BundleError, SourceError, SpecError
 from bertray.evaluate import Evaluation, evaluate
 from bertray.progress import log
 from bertray.sources import Columns, from_hub, is_saved_dataset, stage, units
 from bertray.spec import Source, Spec, fingerprint, load_spec
-from bertray.storage import Location
+from bertray.storage import output_folder
 from bertray.store import Manifest, Store, vectors_of
 
 STEPS = ("embed", "fit", "evaluate")
@@ -51,6 +51,8 @@ def run(
     Raises:
         BertrayError: with what is wrong, where, and what to do.
     """
+    if until not in STEPS:
+        raise SpecError(f"until must be one of {', '.join(STEPS)}. Got {until!r} instead.")
     return _Run(load_spec(spec, overrides), {"train": train, "test": test}).until(until)
 
 
@@ -59,7 +61,7 @@ class _Run:
 
     def __init__(self, spec: Spec, given: Mapping[str, Any]) -> None:
         self.spec = spec
-        self.folder = _output(spec.output)
+        self.folder = output_folder(spec.output)
         self.seconds: dict[str, float] = {}
         self.label_names = spec.data.labels
         started = time.perf_counter()
@@ -68,7 +70,10 @@ class _Run:
         self.seconds["prepare"] = round(time.perf_counter() - started, 3)
         self.manifests: dict[str, Manifest] = {}
         path = self.folder / "metrics.json"
-        self.saved: dict[str, Any] = json.loads(path.read()) if path.exists() else {}
+        try:
+            self.saved: dict[str, Any] = json.loads(path.read()) if path.exists() else {}
+        except ValueError:
+            self.saved = {}  # damaged: as good as missing
 
     def until(self, last: str) -> dict[str, Any]:
         with ExitStack() as stack:
@@ -118,7 +123,7 @@ class _Run:
             folder = self.folder / "rows" / name
             carried = stage(rows, columns, folder)
             self.label_names = self.label_names or carried
-            source = Source(path=folder.url, format="parquet")
+            source = Source(path=folder.url, format="parquet", limit=source.limit)
         made = made_by(self.spec.encoder, self.checkpoint, columns, identity)
         store = Store((self.folder / "stores" / f"{name}-{fingerprint(made)}").url)
         return Split(name, tuple(units(source, columns, self.spec.data.unit_rows)), columns, store, made)
@@ -158,10 +163,10 @@ class _Run:
             }
         )
         folder = (self.folder / "head").url
-        if (Location(folder) / "bundle.json").exists() and (bundle := bundles.load(folder)).fingerprint == made:
+        if (done := _loaded(folder)) and done.fingerprint == made:
             log.info("fitting: done already")
             self.seconds["fit"] = 0.0
-            return bundle
+            return done
         if self.spec.ray.fit_workers:
             self._join_ray()
         fitted = fit(self._store("train"), classes, len(names), self.spec.head, self.spec.ray.fit_workers)
@@ -203,7 +208,8 @@ class _Run:
             log.info("evaluating: done already")
             return {**self.saved, **self._places()}
         path.delete()  # while predictions and report change, they are nobody's
-        (self.folder / "predictions").delete()
+        for name in ("train", "test"):
+            (self.folder / "predictions" / f"{name}.parquet").delete()
         before = {step: s for step, s in self.saved.get("seconds", {}).items() if step in ("embed", "fit")}
         self.seconds = {**before, **{step: s for step, s in self.seconds.items() if s}}
         names, classes = self._classes()
@@ -255,7 +261,7 @@ class _Run:
         rows = {
             name: {
                 **{count: manifest.total(count) for count in ("rows", "rejected", "empty", "truncated", "tokens")},
-                "reasons": reasons(self._store(name)) if manifest.total("rejected") else {},
+                "reasons": reasons(self._store(name), manifest) if manifest.total("rejected") else {},
             }
             for name, manifest in self.manifests.items()
             if name != "examples"
@@ -289,14 +295,13 @@ class _Run:
         (self.folder / "report.html").write(page.encode())
 
 
+def _loaded(folder: str) -> Bundle | None:
+    """The bundle there; None if it is missing or damaged, since it can be fitted again."""
+    try:
+        return bundles.load(folder)
+    except BundleError:
+        return None
+
+
 def _import_trainer() -> None:
     import ray.train.torch  # noqa: F401
-
-
-def _output(output: str) -> Location:
-    """Where a run is written. A submitted job runs in a copy of the working folder that Ray deletes afterwards:
-    there a relative folder is taken from the home folder instead."""
-    if "://" not in output and not Path(output).expanduser().is_absolute() and "runtime_resources" in Path.cwd().parts:
-        output = str(Path.home() / output)
-        log.warning("The working folder of this job is temporary: the run is written to %s instead.", output)
-    return Location(output)

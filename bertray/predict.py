@@ -21,7 +21,7 @@ from bertray.heads import LinearHead
 from bertray.sources import Columns, is_saved_dataset, units
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import RaySizes, Source, fingerprint
-from bertray.storage import Location
+from bertray.storage import Location, output_folder
 from bertray.store import Manifest, Store
 
 
@@ -98,7 +98,10 @@ def predict_files(bundle_url: str, source: Source, output: str, columns: Columns
         raise SourceError(f"{source.path} is a save_to_disk folder. Give its rows as files, such as Parquet.")
     if Location(output).url.startswith(f"{Location(source.path).url}/"):
         raise BertrayError(f"{output} lies inside the input {source.path}. Give another --output.")
+    bundle_url, output = Location(bundle_url).url, output_folder(output).url
     cut = tuple(units(source, columns))
+    if output in {unit.url for unit in cut}:
+        raise BertrayError(f"{output} is one of the input's files. Give another --output.")
     kind = output.rpartition(".")[2] if output.endswith((".parquet", ".csv", ".jsonl")) else ""
     store = Store(f"{output}.parts" if kind else output)
     checkpoint, spec = checkpoint_of(bundle), _encoder_spec(bundle)

@@ -79,7 +79,8 @@ def _matrix(confusion: NDArray[np.int64], labels: Sequence[str]) -> str:
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if few:
-        short = [label if len(label) <= 18 else label[:17] + "…" for label in labels]
+        # A dollar sign would start a formula.
+        short = [(label if len(label) <= 18 else label[:17] + "…").replace("$", r"\$") for label in labels]
         axes.set_xticks(
             range(len(labels)),
             short,

@@ -12,6 +12,7 @@ from bertray.cluster import connected
 from bertray.errors import BertrayError
 from bertray.predict import Predictor, checkpoint_of
 from bertray.spec import RaySizes
+from bertray.storage import Location
 
 MAX_BATCH = 64
 MAX_INPUTS = 1_000
@@ -31,6 +32,7 @@ def application(bundle_url: str, threads: int = 0, num_cpus: float = 1, num_gpus
     from bertray import __version__
 
     bundles.load(bundle_url)  # a wrong path shows here, not in a replica
+    bundle_url = Location(bundle_url).url  # replicas have another working folder
     app = FastAPI(title="bertray", version=__version__)
 
     @serve.deployment(

@@ -7,6 +7,7 @@ frames in memory) is written as Parquet files first. Knows nothing of encoders.
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from bertray.storage import FileInfo, Location
 
 UNIT_ROWS = 20_000
 _STAGED_ROWS = 100_000
+_STAGED = re.compile(r"part-\d{5}-[0-9a-f]{16}\.parquet")
 _PREVIEW_ROWS = 100
 _HASHED_BYTES = 64 << 20
 
@@ -247,7 +249,7 @@ def stage(rows: Any, columns: Columns, folder: Location) -> tuple[str, ...]:
         if not (folder / name).exists():
             (folder / name).write(data)
     for file in folder.files():
-        if file.name not in written:
+        if file.name not in written and _STAGED.fullmatch(file.name):
             (folder / file.name).delete()  # of an earlier content
     if not written:
         raise SourceError("The rows are empty. Give at least one.")

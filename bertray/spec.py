@@ -110,7 +110,7 @@ class Head(Part):
     lr: float = Field(0.01, gt=0, description="learning rate of adam and sgd")
     batch_size: int = Field(32, ge=1, description="rows a step of adam and sgd")
     epochs: int = Field(10, ge=1, description="passes over the rows of adam and sgd")
-    seed: int = Field(0, ge=0, description="seed of the first weights and of the order of rows")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of the first weights and of the order of rows")
     l2: float = Field(0.0, ge=0, description="penalty: l2/2 times the squared weights is added to the mean loss")
 
 
@@ -214,7 +214,7 @@ def _words(kind: Any, metadata: Sequence[Any]) -> str:
     bounds = [
         f"{word} {getattr(constraint, name):g}"
         for constraint in metadata
-        for name, word in (("ge", "of at least"), ("gt", "above"))
+        for name, word in (("ge", "of at least"), ("gt", "above"), ("le", "and at most"))
         if hasattr(constraint, name)
     ]
     return " ".join(["a whole number" if kind is int else "a number", *bounds])
@@ -285,7 +285,7 @@ def _read_yaml(path: Path) -> tuple[Any, dict[Key, str]]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise SpecError(f"The spec {path} cannot be read: {reason}. Give the path of a YAML file.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, TypeError, RecursionError) as error:  # TypeError: {{ x }} is a mapping as a key
         raise SpecError(f"The spec {path} is not YAML: {' '.join(str(error).split())}") from None
 
 
@@ -319,3 +319,4 @@ for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))  # 010 is ten

@@ -16,6 +16,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from bertray.errors import BertrayError
+from bertray.progress import log
 
 _WILD = re.compile(r"[*?\[]")
 
@@ -143,6 +144,16 @@ class Location:
     def _info(self, info: pafs.FileInfo, name: str) -> FileInfo:
         url = self.url if info.path == self.path else (self / name).url
         return FileInfo(url, name, info.size, f"{info.size}-{info.mtime_ns}")
+
+
+def output_folder(output: str) -> Location:
+    """Where to write. A submitted job runs in a copy of the working folder that Ray deletes afterwards: there a
+    relative path is taken from the home folder instead."""
+    local = "://" not in output and not Path(output).expanduser().is_absolute()
+    if local and "runtime_resources" in Path.cwd().parts:
+        output = str(Path.home() / output)
+        log.warning("The working folder of this job is temporary: output is written to %s instead.", output)
+    return Location(output)
 
 
 def _resolve(url: str) -> tuple[pafs.FileSystem, str]:

@@ -106,12 +106,8 @@ class Store:
         return self.location / "manifest.json"
 
     def finish(self, manifest: Manifest) -> None:
-        """Write the manifest, after removing what belongs to none of its units."""
-        units = {receipt.unit for receipt in manifest.units}
-        for folder in ("shards", "rejects"):
-            for file in (self.location / folder).files():
-                if file.name.rpartition(".")[0] not in units:
-                    (self.location / folder / file.name).delete()
+        """Write the manifest. Shards of other units (of a file that is gone, of another limit) are left: they may be
+        asked for again, and the manifest tells which ones count."""
         self._manifest.write(json.dumps(asdict(manifest), indent=1).encode())
 
     def manifest(self) -> Manifest | None:

@@ -113,6 +113,9 @@ def test_pairs_and_places_that_do_not_fit_are_refused(demo, tmp_path):
         predict_files(demo["bundle"], source, "x.csv", Columns("text", "other"), RaySizes())
     with pytest.raises(BertrayError, match="lies inside the input"):
         predict_files(demo["bundle"], source, str(tmp_path / "x.csv"), Columns("text"), RaySizes())
+    with pytest.raises(BertrayError, match="is one of the input's files"):
+        rows = str(tmp_path / "rows.csv")
+        predict_files(demo["bundle"], Source(path=rows), rows, Columns("text"), RaySizes())
 
 
 def test_answers_of_another_job_are_not_mixed_in(demo, answers, tmp_path):

@@ -294,6 +294,21 @@ def test_rows_in_memory_that_are_none(tmp_path):
             stage(rows, COLUMNS, Location(str(tmp_path)))
 
 
+def test_missing_values_as_python_writes_them(tmp_path):
+    records = [("NaN", "1"), ('"a"', "NaN"), ('"b"', "1.0"), ('"c"', '"x"')]
+    lines = "\n".join(f'{{"text": {text}, "label": {label}}}' for text, label in records)
+    (tmp_path / "rows.jsonl").write_text(lines)
+    columns = Columns("text", label="label")
+    batch = Reader(columns).read(units(Source(path=str(tmp_path)), columns)[0])
+    assert batch.rows["label"].to_pylist() == ["1", "x"]
+    assert batch.rejects["reason"].to_pylist() == ["text is null", "label is null"]
+
+
+def test_a_json_array_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "rows.json").write_text('\ufeff[{"text": "a"}]', encoding="utf-8")
+    assert read_all(Source(path=str(tmp_path)), Columns("text"))["text"].to_pylist() == ["a"]
+
+
 def test_hub_data_sets_with_slices(tmp_path):
     """A folder stands for the hub: `load_dataset` takes both by the same name."""
     FRAME.to_csv(tmp_path / "train.csv", index=False)

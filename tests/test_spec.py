@@ -51,6 +51,8 @@ def test_all_mistakes_are_told_at_once_with_place_and_what_is_allowed(tmp_path):
         ("- a\n- b", "must be a mapping of keys"),
         ("just words", "must be a mapping of keys"),
         ("a: [", "is not YAML"),
+        ("a: {{ x }}", "is not YAML"),
+        ("head: {seed: 9223372036854775808}", "head.seed must be a whole number of at least 0 and at most"),
         ("head: {lr: 1}\nhead: {lr: 2}", "head is given twice."),
         ("head: {lr: .nan}", "head.lr must be a number above 0"),
         ("task: translation", "task must be text-classification. Got"),
@@ -68,6 +70,7 @@ def test_yaml_scalars_are_what_they_look_like(tmp_path):
     spec = load_spec(path)
     assert spec.data.labels == ("no", "yes", "on")
     assert spec.head.lr == 1e-3
+    assert load_spec(path, ["head.epochs=010"]).head.epochs == 10
     assert spec.encoder.revision == "2024-01-01"
 
 

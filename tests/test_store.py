@@ -45,12 +45,15 @@ def test_a_shard_that_is_not_whole_counts_as_missing(tmp_path):
     assert set(store.done(["u0", "u1", "u2"])) == {"u0", "u2"}
 
 
-def test_finishing_removes_what_belongs_to_no_unit(tmp_path):
+def test_shards_of_other_units_stay_and_do_not_count(tmp_path):
     store, manifest = filled(tmp_path)
     rejects = pa.table({"id": ["x"], "reason": ["text is null"], "preview": [""]})
     store.write_shard(Receipt("old", 0, 1, 0, 0, 0, 0.1), pa.table({"id": []}), rejects)
     store.finish(manifest)
-    assert [file.name for file in store.location.files()] == [
+    assert store.shard("old").exists()
+    assert store.manifest().total("rejected") == 0
+    assert len(store.load()[1]) == 12
+    assert [file.name for file in store.location.files() if "old" not in file.name] == [
         "manifest.json",
         *(f"shards/u{i}.parquet" for i in range(3)),
     ]
