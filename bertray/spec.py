@@ -110,7 +110,7 @@ class Head(Part):
     lr: float = Field(0.01, gt=0, description="learning rate of adam and sgd")
     batch_size: int = Field(32, ge=1, description="rows a step of adam and sgd")
     epochs: int = Field(10, ge=1, description="passes over the rows of adam and sgd")
-    seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of the first weights and of the order of rows")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of the first weights and of the order of rows")
     l2: float = Field(0.0, ge=0, description="penalty: l2/2 times the squared weights is added to the mean loss")
 
 
@@ -212,7 +212,7 @@ def _words(kind: Any, metadata: Sequence[Any]) -> str:
     if kind is str:
         return "a string that is not empty" if metadata else "a string"
     bounds = [
-        f"{word} {getattr(constraint, name):g}"
+        f"{word} {getattr(constraint, name):.10g}"
         for constraint in metadata
         for name, word in (("ge", "of at least"), ("gt", "above"), ("le", "and at most"))
         if hasattr(constraint, name)

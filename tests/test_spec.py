@@ -35,7 +35,7 @@ def test_all_mistakes_are_told_at_once_with_place_and_what_is_allowed(tmp_path):
             f'{path}:5: encoder.max_length must be a whole number of at least 3. Got "5" instead.',
             f"{path}:6: head.lr must be a number above 0. Got 0 instead.",
             f"{path}:6: head.epochs must be a whole number of at least 1. Got true instead.",
-            '--set head.seed must be a whole number of at least 0. Got "x" instead.',
+            '--set head.seed must be a whole number of at least 0 and at most 4294967295. Got "x" instead.',
             f"{path}:7: ray must be a mapping. Got 5 instead.",
             f"{path}:8: outptu is not a key of a spec. Did you mean output?",
         ]
@@ -52,7 +52,7 @@ def test_all_mistakes_are_told_at_once_with_place_and_what_is_allowed(tmp_path):
         ("just words", "must be a mapping of keys"),
         ("a: [", "is not YAML"),
         ("a: {{ x }}", "is not YAML"),
-        ("head: {seed: 9223372036854775808}", "head.seed must be a whole number of at least 0 and at most"),
+        ("head: {seed: 4294967296}", "head.seed must be a whole number of at least 0 and at most 4294967295."),
         ("head: {lr: 1}\nhead: {lr: 2}", "head is given twice."),
         ("head: {lr: .nan}", "head.lr must be a number above 0"),
         ("task: translation", "task must be text-classification. Got"),
