@@ -110,6 +110,7 @@ def predict_files(bundle_url: str, source: Source, output: str, columns: Columns
     split = Split("predictions", cut, columns, store, made)
     finish = WithPredictions(bundle.head, bundle.labels)
     manifest = embed([split], spec, checkpoint, sizes, finish=finish)["predictions"]
+    store.prune(manifest)  # answers to rows that have changed since
     if kind:
         join(store, Location(output), kind, bundle)
         if manifest.total("rejected"):

@@ -110,6 +110,14 @@ class Store:
         asked for again, and the manifest tells which ones count."""
         self._manifest.write(json.dumps(asdict(manifest), indent=1).encode())
 
+    def prune(self, manifest: Manifest) -> None:
+        """Remove the shards and rejects that a manifest does not count, for who reads the folder without it."""
+        units = {receipt.unit for receipt in manifest.units}
+        for folder in ("shards", "rejects"):
+            for file in (self.location / folder).files():
+                if file.name.rpartition(".")[0] not in units:
+                    (self.location / folder / file.name).delete()
+
     def manifest(self) -> Manifest | None:
         """The manifest, or None while the store is not complete."""
         if not self._manifest.exists():
