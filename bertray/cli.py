@@ -169,7 +169,7 @@ def _predict(options: argparse.Namespace) -> dict[str, Any]:
     spec = load_spec({"data": {"train": source}}, options.set)
     with connected(spec.ray):
         manifest = predict_files(options.bundle, spec.data.train, options.output, columns, spec.ray)
-    counts = {count: manifest.total(count) for count in ("rows", "rejected", "empty", "truncated", "tokens")}
+    counts = manifest.counts
     if not options.json:
         print(
             f"{counts['rows']:,} rows labelled ({counts['truncated']:,} truncated, {counts['empty']:,} empty, "

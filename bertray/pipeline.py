@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import yaml
 
 from bertray import bundle as bundles
@@ -104,8 +105,6 @@ class _Run:
         if data.test.given or given["test"] is not None:
             splits.append(self._split("test", data.test, columns, given["test"]))
         if self.spec.examples:
-            import pyarrow as pa
-
             examples = pa.table({"text": list(self.spec.examples)})
             splits.append(self._split("examples", Source(), Columns("text"), examples))
         return splits
@@ -228,7 +227,7 @@ class _Run:
         bundles.save(bundle, (self.folder / "head").url)
         summary = self._summary(metrics=metrics, examples=self._examples(bundle))
         self._timed("report", lambda: self._report(summary, evaluations, bundle))
-        self.seconds["total"] = round(sum(s for step, s in self.seconds.items() if step != "total"), 3)
+        self.seconds["total"] = round(sum(self.seconds.values()), 3)
         summary = {**summary, "seconds": self.seconds, "fingerprint": made}
         path.write(json.dumps(summary, indent=1, ensure_ascii=False).encode())
         return summary
@@ -260,7 +259,7 @@ class _Run:
     def _summary(self, **more: Any) -> dict[str, Any]:
         rows = {
             name: {
-                **{count: manifest.total(count) for count in ("rows", "rejected", "empty", "truncated", "tokens")},
+                **manifest.counts,
                 "reasons": reasons(self._store(name), manifest) if manifest.total("rejected") else {},
             }
             for name, manifest in self.manifests.items()

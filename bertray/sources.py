@@ -87,10 +87,10 @@ def units(source: Source, columns: Columns, unit_rows: int | str = "auto") -> li
     found = []
     for file, rows in zip(files, counts, strict=True):
         step = _unit_rows(rows) if unit_rows == "auto" else int(unit_rows)
-        stamp = _stamp(file)
+        format, stamp = _format(file, source), _stamp(file)
         for start in range(0, min(rows, left), step):
             stop = min(start + step, rows, left)
-            found.append(Unit(file.url, file.name, _format(file, source), stamp, start, stop))
+            found.append(Unit(file.url, file.name, format, stamp, start, stop))
         left -= min(rows, left)
     if not found:
         raise SourceError(f"{source.path} holds no rows.")

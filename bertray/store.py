@@ -47,6 +47,11 @@ class Manifest:
         return int(sum(getattr(unit, name) for unit in self.units))
 
     @property
+    def counts(self) -> dict[str, int]:
+        """What became of all rows, for summaries."""
+        return {name: self.total(name) for name in ("rows", "rejected", "empty", "truncated", "tokens")}
+
+    @property
     def labels(self) -> dict[str, int]:
         """How many rows have each label."""
         counts: dict[str, int] = {}
