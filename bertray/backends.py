@@ -148,15 +148,16 @@ class TorchBackend:
         """Begin to encode texts sorted by falling length. On CUDA this returns while the device works."""
         ids, types = self._moved(tokens.ids), self._moved(tokens.types)
         parts: list[torch.Tensor] = []
-        todo = tokens.packs(self.budget, self.equal)[::-1]
-        while todo:
-            start, stop = todo.pop()
+        start = 0
+        while start < len(tokens.truncated):
+            end = tokens.pack_end(start, self.budget, self.equal)
             try:
-                parts.append(self._pack(ids, types, tokens.offsets[start : stop + 1]))
+                parts.append(self._pack(ids, types, tokens.offsets[start : end + 1]))
+                start = end
             except RuntimeError as error:
                 if not _out_of_memory(error):
                     raise
-                todo += self._halved(tokens, start, stop)
+                self._halve(end - start, int(tokens.offsets[end] - tokens.offsets[start]))
         # Vectors leave the device in the precision that is stored.
         vectors = torch.cat(parts).to(_stored(self.precision))
         if self._device == "cpu":
@@ -176,20 +177,17 @@ class TorchBackend:
         tensor = torch.from_numpy(array)
         return tensor if self._device == "cpu" else tensor.pin_memory().to(self._device, non_blocking=True)
 
-    def _halved(self, tokens: Tokens, start: int, stop: int) -> list[tuple[int, int]]:
-        """The device is out of memory: the same texts in smaller packs, and all later ones too."""
-        count = int(tokens.offsets[stop] - tokens.offsets[start])
-        if stop - start == 1:
+    def _halve(self, texts: int, tokens: int) -> None:
+        """The device is out of memory: this pack and all later ones become smaller."""
+        if texts == 1:
             raise CheckpointError(
-                f"A text of {count} tokens does not fit the memory of the {self._device} device. "
+                f"A text of {tokens} tokens does not fit the memory of the {self._device} device. "
                 "Lower encoder.max_length, or take a smaller encoder or precision."
             )
         if self._device == "cuda":
             torch.cuda.empty_cache()
-        self.budget = max(1, min(self.budget, count) // 2)
+        self.budget = tokens // 2
         log.warning("encoder: out of memory on %s; packs now hold %d tokens", self._device, self.budget)
-        part = tokens.take(np.arange(start, stop)).packs(self.budget, self.equal)
-        return [(start + first, start + last) for first, last in part][::-1]
 
     def _pack(self, ids: torch.Tensor, types: torch.Tensor, offsets: NDArray[np.int64]) -> torch.Tensor:
         """Vectors [n, width] of texts of one length."""
@@ -245,6 +243,8 @@ def _why_not_varlen(model: Any) -> str:
     """Why texts cannot be packed for a model; empty if they can."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return f"{type(model).__name__} takes no position_ids"
+    if any(getattr(model.config, name, None) for name in ("sliding_window", "local_attention")):
+        return f"some layers of {type(model).__name__} attend within a window"
     if model.dtype == torch.float32:
         return "it has no float32"
     try:
@@ -289,7 +289,9 @@ def _attention(
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
-        packed = varlen_attn(query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling)
+        packed: Any = varlen_attn(
+            query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling
+        )
         return packed.unsqueeze(0), None
     out = torch.empty_like(query)
     for start, stop in pairwise(cu_seq_lens_q.tolist()):  # without a GPU: for tests

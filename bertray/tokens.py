@@ -4,7 +4,7 @@ Knows nothing of models beyond their tokenizer.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,24 +48,27 @@ class Tokens:
         places = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
         return Tokens(self.ids[places], self.types[places], offsets, self.truncated[rows])
 
-    def packs(self, budget: int, equal: bool = False) -> list[tuple[int, int]]:
-        """Cut the texts, in their order, into runs of at most `budget` tokens each (or one text).
+    def pack_end(self, start: int, budget: int, equal: bool = False) -> int:
+        """The text behind the last of a pack that begins with text `start`: as many as `budget` tokens hold, but
+        one at least.
 
         Args:
-            equal: whether the texts of a pack must all have one length.
-
-        Returns:
-            The first text of each pack and the one behind its last.
+            equal: whether the texts of a pack must all have one length; texts of one length must lie together.
         """
-        lengths, texts = self.lengths, len(self.lengths)
-        changes = np.append(np.flatnonzero(np.diff(lengths)) + 1, texts) if equal else np.array([texts])
-        found, start = [], 0
-        while start < texts:
-            fits = int(np.searchsorted(self.offsets, self.offsets[start] + budget, side="right")) - 1
-            stop = min(max(start + 1, fits), int(changes[np.searchsorted(changes, start, side="right")]))
-            found.append((start, stop))
-            start = stop
-        return found
+        end = int(np.searchsorted(self.offsets, self.offsets[start] + budget, side="right")) - 1
+        if equal:
+            lengths = np.diff(self.offsets[start : max(start, end) + 1])
+            other = np.flatnonzero(lengths != lengths[:1])
+            end = start + int(other[0]) if len(other) else end
+        return max(start + 1, end)
+
+    def packs(self, budget: int, equal: bool = False) -> Iterator[tuple[int, int]]:
+        """All packs one after another: the first text of each and the one behind its last."""
+        start = 0
+        while start < len(self.truncated):
+            end = self.pack_end(start, budget, equal)
+            yield start, end
+            start = end
 
 
 class Tokenizer:
