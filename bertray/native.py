@@ -32,6 +32,7 @@ _COLUMNS = 32
 # Tokens that go through the layers together: few enough for a core's second cache, many enough to use each weight
 # that comes from the third often.
 _SLAB = 448
+_LEAST_SLAB = 56  # fewer are not worth a thread
 _BLOCK = 8192  # texts that are sorted and packed together
 _CPU_FLAGS = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma"}
 _COMPILER_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-O3", "-std=gnu11")
@@ -164,13 +165,16 @@ class NativeBackend:
         self._arrays: list[NDArray[Any]] = []  # what the pointers below point to
         self._layers = (_Layer * len(model.encoder.layer))(*map(self._layer, model.encoder.layer))
         self._model = self._laid_out(model, pooling)
-        self._pool = ThreadPoolExecutor(threads or torch.get_num_threads(), "bertray-native")
+        self._threads = threads or torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self._threads, "bertray-native")
         self._local = threading.local()
 
     def start(self, tokens: Tokens) -> Callable[[], NDArray[np.float32]]:
         """Begin to encode texts sorted by falling length; what is returned waits for their vectors [n, width]."""
         vectors = np.empty((len(tokens.lengths), self.width), np.float32)
-        jobs = [self._pool.submit(self._encode, tokens, start, stop, vectors) for start, stop in tokens.packs(_SLAB)]
+        share = -(-len(tokens.ids) // self._threads)
+        slab = min(_SLAB, max(_LEAST_SLAB, share))
+        jobs = [self._pool.submit(self._encode, tokens, start, end, vectors) for start, end in tokens.packs(slab)]
 
         def finish() -> NDArray[np.float32]:
             for job in jobs:
