@@ -88,7 +88,8 @@ def serve(name: str, job: Job) -> None:
     try:
         peer = make(name, job)
     except (ImportError, BertrayError, peers.UnavailableError, peers.exports.ExportError) as error:
-        print(json.dumps({"skip": " ".join(str(error).split())}), file=answers)
+        hint = " (pip install 'bertray[bench]')" if isinstance(error, ImportError) else ""
+        print(json.dumps({"skip": " ".join(str(error).split()) + hint}), file=answers)
         return
     print(json.dumps({}), file=answers)
     for line in sys.stdin:
@@ -148,6 +149,10 @@ class Contestant:
         if "skip" in answer:
             self.close()
             raise SkippedError(answer["skip"])
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def encode(self, texts: str, step: int = 1, save: str = "") -> dict[str, Any]:
         """Encode the texts of that name: what `_answer` gives."""

@@ -39,9 +39,11 @@ def path(folder: Path, kind: str) -> Path:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Of the weights and of what exports them."""
-    with (folder / "model.safetensors").open("rb") as stream:
-        parts = [hashlib.file_digest(stream, "sha256").hexdigest()]
+    """Of the weights and of what exports them, this file included."""
+    parts = []
+    for file in (folder / "model.safetensors", folder / "config.json", Path(__file__)):
+        with file.open("rb") as stream:
+            parts.append(hashlib.file_digest(stream, "sha256").hexdigest())
     for package in ("torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf"):
         found = list(importlib.metadata.distributions(name=package))
         parts.append(found[0].version if found else "")
