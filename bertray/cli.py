@@ -167,7 +167,7 @@ def _predict(options: argparse.Namespace) -> dict[str, Any]:
     columns = Columns(options.text or names["text"], options.text_pair or names["text_pair"], "", options.id or "")
     source = {"path": options.input, "format": options.format}
     spec = load_spec({"data": {"train": source}}, options.set)
-    with connected(spec.ray):
+    with connected(spec.ray, alone=True):
         manifest = predict_files(options.bundle, spec.data.train, options.output, columns, spec.ray)
     counts = manifest.counts
     if not options.json:

@@ -4,9 +4,10 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+from bertray import solo
 from bertray.errors import ClusterError
 from bertray.progress import log
 from bertray.spec import RaySizes
@@ -26,10 +27,13 @@ class Workers:
 
 
 @contextmanager
-def connected(sizes: RaySizes) -> Iterator[None]:
+def connected(sizes: RaySizes, alone: bool = False) -> Iterator[None]:
     """Joins a Ray cluster, or starts one on this machine that ends with the block.
 
     A connection that is there already is used and left as it is.
+
+    Args:
+        alone: one that is started is for one job alone, and lacks what only shared ones need.
 
     Raises:
         ClusterError: there is no cluster at the address, or it refuses.
@@ -43,7 +47,7 @@ def connected(sizes: RaySizes) -> Iterator[None]:
     address = None if sizes.address == "auto" else sizes.address
     _check_reachable(address or os.environ.get("RAY_ADDRESS", ""))
     try:
-        with _quiet():
+        with _quiet(), solo.starting(sizes.fit_workers > 0) if alone else nullcontext():
             ray.init(address, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     except Exception as error:  # Ray raises many kinds: say what it said
         raise ClusterError(

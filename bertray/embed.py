@@ -1,14 +1,16 @@
 """Embedding: units to vector stores, in parallel on Ray Data, each unit exactly once.
 
-An actor reads its unit, encodes it and writes the shard itself; what travels through Ray is a receipt. Units
-whose shards are there already are not touched.
+An actor reads its unit, encodes it and writes the shard itself; what travels through Ray is a receipt. While it
+encodes a unit it reads the next and writes the last. Units whose shards are there already are not touched.
 """
 
 import json
+import os
 import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bertray import checkpoints, labels
+from bertray import checkpoints, labels, solo
 from bertray.checkpoints import Checkpoint
 from bertray.cluster import plan_workers
 from bertray.errors import ERRORS, BertrayError, CheckpointError, SourceError
@@ -27,6 +29,7 @@ from bertray.spec import RaySizes, fingerprint
 from bertray.store import Manifest, Receipt, Store, with_vectors
 
 RECIPE = 1  # raised when a change of code gives other vectors for the same settings
+_UNITS_AT_ONCE = 3  # in an actor: one is read, one encoded, one written
 
 
 @dataclass(frozen=True)
@@ -151,25 +154,39 @@ def _receipts(todo: list[tuple[str, Unit]], job: Job, sizes: RaySizes) -> Iterat
         fn_constructor_args=(job, workers.device, workers.threads),
         batch_size=1,
         batch_format="pyarrow",
-        # A fixed pool: Ray Data adds actors one at a time otherwise.
-        compute=ray.data.ActorPoolStrategy(size=workers.count),
+        compute=ray.data.ActorPoolStrategy(
+            size=workers.count,  # Ray Data adds actors one at a time otherwise
+            max_concurrent_calls_per_actor=_UNITS_AT_ONCE,
+            max_tasks_in_flight_per_actor=_UNITS_AT_ONCE + 1,
+            enable_true_multi_threading=True,
+        ),
         num_cpus=workers.num_cpus,
         num_gpus=workers.num_gpus,
     )
-    for batch in receipts.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
-        for row in batch.to_pylist():
-            if row["error"]:
-                raise ERRORS[row["error"]](row["value"])
-            yield row["split"], Receipt(**json.loads(row["value"]))
+    with solo.running():
+        for batch in receipts.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
+            for row in batch.to_pylist():
+                if row["error"]:
+                    raise ERRORS[row["error"]](row["value"])
+                yield row["split"], Receipt(**json.loads(row["value"]))
 
 
 class UnitEncoder:
-    """The actor: a unit in, its shard written, a receipt out. What a user can mend comes back as a value."""
+    """The actor: a unit in, its shard written, a receipt out. What a user can mend comes back as a value.
+
+    Calls run beside each other. Each reads and encodes in a thread that all calls share, so that files are read
+    forwards and only one unit is encoded at a time, and writes in its own.
+    """
 
     def __init__(self, job: Job, device: str, threads: int) -> None:
         self.job = job
-        self._readers: dict[str, Reader] = {}
+        self._readers = {split: Reader(columns) for split, columns in job.columns.items()}
+        self._reading, self._encoding = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         try:
+            # Before torch loads its threads' library: a thread that has done its part sleeps soon. Threads that spin
+            # for others take the processor from them where there are more threads than processors.
+            if "OMP_WAIT_POLICY" not in os.environ:
+                os.environ.setdefault("GOMP_SPINCOUNT", "1000")
             from bertray.encoder import Encoder
 
             checkpoint = checkpoints.find(job.checkpoint, job.revision)
@@ -200,15 +217,14 @@ class UnitEncoder:
             return {"split": split, "value": " ".join(line.split()), "error": "StoreError"}
 
     def _encode(self, split: str, unit: Unit) -> Receipt:
-        started = time.perf_counter()
         columns, names = self.job.columns[split], self.job.label_names
-        batch = self._readers.setdefault(split, Reader(columns)).read(unit)
+        batch = self._reading.submit(self._readers[split].read, unit).result()
         counts = Counter(batch.rows["label"].to_pylist()) if columns.label else Counter()
         if names:
             labels.check(counts, names, unit.url)
         texts = batch.rows["text"].to_pylist()
         pairs = batch.rows["text_pair"].to_pylist() if columns.text_pair else None
-        encoded = self.encoder.encode(texts, pairs)
+        encoded, seconds = self._encoding.submit(_timed, self.encoder.encode, texts, pairs).result()
         receipt = Receipt(
             unit.key,
             len(texts),
@@ -216,11 +232,17 @@ class UnitEncoder:
             _empty(batch.rows["text"]),
             int(encoded.truncated.sum()),
             int(encoded.tokens.sum()),
-            round(time.perf_counter() - started, 4),
+            round(seconds, 4),
             dict(counts),
         )
         self.job.stores[split].write_shard(receipt, self.job.finish(batch.rows, encoded.vectors), batch.rejects)
         return receipt
+
+
+def _timed(action: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """What it gives, and how many seconds it took."""
+    started = time.perf_counter()
+    return action(*arguments), time.perf_counter() - started
 
 
 def _empty(texts: pa.ChunkedArray) -> int:

@@ -1,10 +1,11 @@
 """The whole job: spec to vectors, head, metrics, report and bundle. Each step skips what is done."""
 
+import importlib
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ class _Run:
         self.seconds: dict[str, float] = {}
         self.label_names = spec.data.labels
         started = time.perf_counter()
+        self._imports = _Imports() if (self.folder / "metrics.json").exists() else _Imports("ray")
         self.checkpoint = checkpoints.find(spec.encoder.model, spec.encoder.revision)
         self.splits = self._splits(given)
         self.seconds["prepare"] = round(time.perf_counter() - started, 3)
@@ -78,8 +80,11 @@ class _Run:
 
     def until(self, last: str) -> dict[str, Any]:
         with ExitStack() as stack:
-            self._join_ray = lambda: stack.enter_context(connected(self.spec.ray))
-            self._timed("embed", self.embed)
+            self._join_ray = lambda: stack.enter_context(connected(self.spec.ray, alone=True))
+            self._timed("embed", lambda: self.embed(fits=last != "embed"))
+            if not self.spec.ray.fit_workers:
+                # Nothing needs Ray any longer: a cluster of our own ends while the head is fitted.
+                stack.enter_context(_aside(stack.pop_all().close))
             if last != "embed":
                 bundle = self._timed("fit", self.fit)
             if last == "evaluate":
@@ -129,7 +134,8 @@ class _Run:
 
     # --- steps --------------------------------------------------------------------------------------------
 
-    def embed(self) -> None:
+    def embed(self, fits: bool) -> None:
+        """Complete the stores; `fits` tells whether a head will be fitted afterwards."""
         open_splits = []
         for split in self.splits:
             manifest = split.store.manifest()
@@ -141,9 +147,10 @@ class _Run:
             log.info("embedding: done already")
             self.seconds["embed"] = 0.0
             return
-        # What fitting imports takes seconds: meanwhile the cluster starts and encodes.
-        threading.Thread(target=_import_trainer, daemon=True).start()
+        self._imports.wait()
+        self._imports = _Imports("ray.data", *(("torch", "ray.train.torch") if fits else ()))
         self._join_ray()
+        self._imports.wait("ray.data")
         self.manifests |= embed(open_splits, self.spec.encoder, self.checkpoint, self.spec.ray, self.label_names)
 
     def fit(self) -> Bundle:
@@ -166,9 +173,10 @@ class _Run:
             log.info("fitting: done already")
             self.seconds["fit"] = 0.0
             return done
+        self._imports.wait()
         if self.spec.ray.fit_workers:
             self._join_ray()
-        fitted = fit(self._store("train"), classes, len(names), self.spec.head, self.spec.ray.fit_workers)
+        fitted = fit(self._store("train"), classes, len(names), self.spec.head, self.spec.ray)
         columns = self.spec.data.model_dump(include={"text", "text_pair", "label", "id"})
         encoder = {
             **self.spec.encoder.model_dump(),
@@ -302,5 +310,36 @@ def _loaded(folder: str) -> Bundle | None:
         return None
 
 
-def _import_trainer() -> None:
-    import ray.train.torch  # noqa: F401
+class _Imports:
+    """Modules that take long to import, one after another, while other processes start and work.
+
+    Only one thread imports them, since two that need each other's modules can see them half done: wait before you use
+    one.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self._done = {name: threading.Event() for name in names}
+        if names:
+            threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        for name, done in self._done.items():
+            with suppress(Exception):  # whoever uses it will see what is wrong
+                importlib.import_module(name)
+            done.set()
+
+    def wait(self, *names: str) -> None:
+        """Until these, or all, are imported."""
+        for name in names or self._done:
+            self._done[name].wait()
+
+
+@contextmanager
+def _aside(action: Callable[[], None]) -> Iterator[None]:
+    """Does something in a thread, and leaves when it is done."""
+    thread = threading.Thread(target=action)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()

@@ -122,6 +122,9 @@ class RaySizes(Part):
     workers: AutoCount = Field("auto", description="encoder processes; auto takes one a GPU, or one for each few CPUs")
     cpus_per_worker: AutoCount = Field("auto", description="CPUs (threads) of each encoder process")
     fit_workers: int = Field(0, ge=0, description="Ray Train workers that fit the head; 0 fits in the calling process")
+    fit_memory: AutoCount = Field(
+        "auto", description="MB of vectors to hold while fitting, more are read from disk; auto is half of what is free"
+    )
 
 
 class Spec(Part):

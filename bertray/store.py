@@ -137,7 +137,7 @@ class Store:
 
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         """The shards in the order of the rows, as tables of those columns."""
-        for receipt in self._complete().units:
+        for receipt in self.complete().units:
             shard = self.shard(receipt.unit)
             try:
                 table = pq.read_table(shard.open_random(), columns=list(columns))
@@ -161,7 +161,8 @@ class Store:
             [label for part in parts for label in part["label"].to_pylist()],
         )
 
-    def _complete(self) -> Manifest:
+    def complete(self) -> Manifest:
+        """The manifest of a store that has to be complete."""
         manifest = self.manifest()
         if manifest is None:
             raise StoreError(f"{self.url} is not complete. Run `bertray embed` with its spec first.")

@@ -3,13 +3,14 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 
 from bertray.encoder import Encoder
 from bertray.errors import ClusterError
 from bertray.fit import fit
 from bertray.spec import Encoder as EncoderSpec
-from bertray.spec import Head
+from bertray.spec import Head, RaySizes
 from bertray.store import Manifest, Receipt, Store, with_vectors
 
 CLASSES = {"negative": 0, "neutral": 1, "positive": 2}
@@ -77,11 +78,68 @@ def test_the_notebooks_settings_judge_real_rows_well(store):
 @pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
 def test_two_workers_take_the_same_steps_as_none(store, ray_cluster, optimizer):
     spec = Head(optimizer=optimizer, l2=0.01, epochs=2)
-    alone, together = fit(store, CLASSES, 3, spec), fit(store, CLASSES, 3, spec, workers=2)
+    alone, together = fit(store, CLASSES, 3, spec), fit(store, CLASSES, 3, spec, RaySizes(fit_workers=2))
     np.testing.assert_allclose(together.head.weight, alone.head.weight, atol=1e-4)
     assert together.losses[-1] == pytest.approx(alone.losses[-1], abs=1e-5)
 
 
 def test_more_workers_than_cpus(store, ray_cluster):
     with pytest.raises(ClusterError, match="fit_workers must be at most the cluster's CPUs"):
-        fit(store, CLASSES, 3, Head(), workers=64)
+        fit(store, CLASSES, 3, Head(), RaySizes(fit_workers=64))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """3,000 rows of 400 random numbers in uneven shards: more than the one megabyte that a test allows."""
+    rng = np.random.default_rng(0)
+    store = Store(str(tmp_path_factory.mktemp("large")))
+    receipts = []
+    for number, rows in enumerate((1100, 1, 0, 1899)):
+        table = pa.table({"label": rng.choice(list(CLASSES), rows).tolist()}, pa.schema([("label", pa.string())]))
+        receipts.append(Receipt(f"u{number}", rows, 0, 0, 0, 0, 0.0))
+        vectors = rng.normal(size=(rows, 400)).astype(np.float16)
+        store.write_shard(receipts[-1], with_vectors(table, vectors), pa.table({"id": []}))
+    store.finish(Manifest("print", {}, tuple(receipts)))
+    return store
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "lbfgs"])
+def test_vectors_in_a_file_give_the_same_head_as_in_memory(large, caplog, optimizer):
+    caplog.set_level("INFO", "bertray")
+    spec = Head(optimizer=optimizer, l2=0.01, epochs=2)
+    held = fit(large, CLASSES, 3, spec)
+    assert "read from a file" not in caplog.text
+    streamed = fit(large, CLASSES, 3, spec, RaySizes(fit_memory=1))
+    assert "2 MB of vectors are more than memory has room for: read from a file" in caplog.text
+    np.testing.assert_array_equal(held.head.weight, streamed.head.weight)
+    np.testing.assert_array_equal(held.head.bias, streamed.head.bias)
+    assert held.losses == streamed.losses
+
+
+def test_two_workers_with_uneven_shards_in_files(large, ray_cluster):
+    spec = Head(l2=0.01, epochs=2, batch_size=33)
+    alone = fit(large, CLASSES, 3, spec)
+    together = fit(large, CLASSES, 3, spec, RaySizes(fit_workers=2, fit_memory=1))
+    np.testing.assert_allclose(together.head.weight, alone.head.weight, atol=1e-4)
+
+
+def test_the_steps_are_those_of_torch(store):
+    """Written-out gradients and Adam against autograd and torch.optim, whose steps they are to be."""
+    x, y = data(store)
+    x, y = torch.from_numpy(x).float(), torch.from_numpy(y)
+    spec = Head(epochs=1, batch_size=50, l2=0.1)
+    torch.manual_seed(spec.seed)
+    linear = torch.nn.Linear(x.shape[1], 3)
+    optimizer = torch.optim.Adam(linear.parameters(), lr=spec.lr)
+    mean = torch.optim.swa_utils.AveragedModel(linear)
+    steps = torch.randperm(len(x), generator=torch.Generator().manual_seed(spec.seed)).split(spec.batch_size)
+    for number, batch in enumerate(steps):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(linear(x[batch]), y[batch])
+        (loss + spec.l2 / 2 * linear.weight.square().sum()).backward()
+        optimizer.step()
+        if number >= len(steps) - len(steps) // 10:
+            mean.update_parameters(linear)
+    head = fit(store, CLASSES, 3, spec).head
+    np.testing.assert_allclose(head.weight, mean.module.weight.detach().numpy(), atol=2e-6)
+    np.testing.assert_allclose(head.bias, mean.module.bias.detach().numpy(), atol=2e-6)
