@@ -38,7 +38,7 @@ def test_a_small_run_gives_a_sane_row_to_each_contestant(printed):
         assert 1 < least <= middle <= most < 1e5
         assert float(cells["cosine, least"]) > 0.9999
         assert cells["computes in"] == "fp32"
-        assert 0 < float(cells["share"].rstrip("%")) <= 120  # the rate was measured at another moment
+        assert 0 < float(cells["share"].rstrip("%")) < 400  # the rate was measured at another moment
         assert 100 < float(cells["peak MB"].replace(",", "")) < 4000
     assert found["bertray-fp32"]["padding"] == "0.0%"
     assert float(found["notebook"]["padding"].rstrip("%")) > 20
