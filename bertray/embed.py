@@ -76,12 +76,14 @@ def embed(
     sizes: RaySizes,
     label_names: tuple[str, ...] = (),
     finish: Callable[[pa.Table, Any], pa.Table] = with_vectors,
+    ready: Callable[[float], None] = lambda seconds: None,
 ) -> dict[str, Manifest]:
     """Complete the stores of all splits, encoding what is missing, in one pipeline.
 
     Args:
         label_names: what labels have to be; empty takes any.
         finish: from a unit's rows and their vectors to the table that its shard holds.
+        ready: is told after how many seconds the first encoder process was ready, if one was started.
 
     Raises:
         BertrayError: whatever stopped a worker.
@@ -105,7 +107,7 @@ def embed(
             log.info("embedding: %d of %d rows are done already", total - missing, total)
         with Progress("embedding", total, "rows", total - missing) as progress:
             started, tokens = time.monotonic(), 0
-            for name, receipt in _receipts(todo, job, sizes):
+            for name, receipt in _receipts(todo, job, sizes, ready):
                 done[name][receipt.unit] = receipt
                 tokens += receipt.tokens
                 speed = tokens / (time.monotonic() - started)
@@ -132,7 +134,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
 
-def _receipts(todo: list[tuple[str, Unit]], job: Job, sizes: RaySizes) -> Iterator[tuple[str, Receipt]]:
+def _receipts(
+    todo: list[tuple[str, Unit]], job: Job, sizes: RaySizes, ready: Callable[[float], None]
+) -> Iterator[tuple[str, Receipt]]:
     import logging
 
     import ray.data
@@ -140,6 +144,7 @@ def _receipts(todo: list[tuple[str, Unit]], job: Job, sizes: RaySizes) -> Iterat
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    started, first = time.time(), True
     workers = plan_workers(sizes, len(todo))
     log.info(
         "embedding: %d units on %d %s worker(s) of %d thread(s)",
@@ -168,6 +173,9 @@ def _receipts(todo: list[tuple[str, Unit]], job: Job, sizes: RaySizes) -> Iterat
             for row in batch.to_pylist():
                 if row["error"]:
                     raise ERRORS[row["error"]](row["value"])
+                if first:
+                    ready(max(0.0, row["ready"] - started))  # another node's clock may differ
+                    first = False
                 yield row["split"], Receipt(**json.loads(row["value"]))
 
 
@@ -200,21 +208,22 @@ class UnitEncoder:
             known = isinstance(error, BertrayError)
             line = f"An encoder process on {platform.node()} cannot start: {type(error).__name__}: {error}"
             self.failure = error if known else BertrayError(" ".join(line.split()))
+        self.ready = time.time()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self._answer(**item) for item in batch.to_pylist()])
 
-    def _answer(self, split: str, **unit: Any) -> dict[str, str]:
+    def _answer(self, split: str, **unit: Any) -> dict[str, Any]:
         try:
             if self.failure:
                 raise self.failure
             receipt = self._encode(split, Unit(**unit))
-            return {"split": split, "value": json.dumps(asdict(receipt)), "error": ""}
+            return {"split": split, "value": json.dumps(asdict(receipt)), "error": "", "ready": self.ready}
         except BertrayError as error:
-            return {"split": split, "value": str(error), "error": type(error).__name__}
+            return {"split": split, "value": str(error), "error": type(error).__name__, "ready": self.ready}
         except OSError as error:  # a full disk, a store out of reach
             line = f"{self.job.stores[split].url} cannot be written on {platform.node()}: {error}"
-            return {"split": split, "value": " ".join(line.split()), "error": "StoreError"}
+            return {"split": split, "value": " ".join(line.split()), "error": "StoreError", "ready": self.ready}
 
     def _encode(self, split: str, unit: Unit) -> Receipt:
         columns, names = self.job.columns[split], self.job.label_names
