@@ -1,4 +1,4 @@
-# What people run: `make demo`, `make test`. The environment is made once and again when its inputs change.
+# What people run: `make demo`, `make test`, `make bench`. The environment is made once and again when its inputs change.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,13 +7,14 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
 
-.PHONY: help demo test check serve clean
+.PHONY: help demo test check serve bench clean
 
 help:
 	@echo "make demo   install, then embed, fit, judge and report on the demo rows"
 	@echo "make serve  serve the demo's head over HTTP"
 	@echo "make test   install, then lint, type-check and run all tests"
 	@echo "make check  lint and type-check alone"
+	@echo "make bench  install, then measure the engine beside what else there is, into benchmarks/RESULTS.md"
 	@echo "make clean  remove the environment and what runs wrote"
 
 demo: $(VENV)/demo.stamp
@@ -29,6 +30,9 @@ check: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+bench: $(VENV)/bench.stamp
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.engine --device cpu --write
+
 $(VENV)/torch.stamp: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bertray needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -43,6 +47,10 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
 
 $(VENV)/test.stamp: $(VENV)/demo.stamp
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+$(VENV)/bench.stamp: $(VENV)/demo.stamp
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $@
 
 clean:

@@ -1,27 +1,29 @@
 """The frozen BERT: texts to one vector each. Knows nothing of Ray, of files of rows, or of heads.
 
-This is the only inference path: stores, batch prediction and serving all call `Encoder.encode`.
+This is the only inference path: stores, batch prediction and serving all call `Encoder.encode`. Texts are tokenized
+once and sorted by length inside a large block; a backend runs them in packs without padding; vectors come back in the
+order of the texts. While one block is encoded the next is tokenized.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bertray import backends
 from bertray.checkpoints import Checkpoint
 from bertray.errors import CheckpointError
 from bertray.spec import Encoder as EncoderSpec
-from bertray.tokens import Tokenizer, Tokens, packs
+from bertray.tokens import Tokenizer, Tokens
 
 Vectors = NDArray[np.float32] | NDArray[np.float16]
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Tokens that go through the encoder at once: enough to fill the device, little enough to stay in its caches.
-_BUDGETS = {"cpu": 4096, "cuda": 65_536}
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Encoded:
 
 
 class Encoder:
-    """A frozen checkpoint on a device, with its tokenizer and pooling."""
+    """A frozen checkpoint on a device, with its tokenizer and pooling. Threads may share one: while one of them
+    encodes, the others tokenize."""
 
     def __init__(self, checkpoint: Checkpoint, spec: EncoderSpec, device: str = "cpu", threads: int = 0) -> None:
         """Load the checkpoint.
@@ -55,70 +58,88 @@ class Encoder:
             torch.set_num_threads(threads)
             os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's own pool
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
-        self.device = device
-        self.precision = precision_on(device) if spec.precision == "auto" else spec.precision
-        self.model = _load(checkpoint, spec, _DTYPES[self.precision]).to(device)
+        model = _load(checkpoint, spec)
+        self.width = int(model.config.hidden_size)
         self.tokenizer = Tokenizer(checkpoint.folder, spec.max_length, spec.truncation)
-        self.budget = _BUDGETS[device]
-        self._pool = POOLINGS[spec.pooling]
-        self._stored = torch.float32 if stored_dtype(spec.precision) == "float32" else torch.float16
-
-    @property
-    def width(self) -> int:
-        return int(self.model.config.hidden_size)
+        self.backend = backends.choose(model, spec.precision, spec.pooling, device, threads)
+        self._name, self._stored = checkpoint.name, stored_dtype(spec.precision)
+        self._vocabulary = int(model.config.vocab_size)
+        self._typed = getattr(model.config, "type_vocab_size", 0) > 1
+        self._encoding = Lock()
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Encoded:
-        """Vectors of texts, or of pairs, in their order."""
-        tokens = self.tokenizer(texts, pairs)
-        vectors = torch.empty((len(texts), self.width), dtype=self._stored)
-        for rows in packs(tokens.lengths, self.budget):
-            vectors[torch.from_numpy(rows)] = self._forward(tokens, rows)
-        if not torch.isfinite(vectors).all():
+        """Vectors of texts, or of pairs, in their order.
+
+        Raises:
+            CheckpointError: the texts or their vectors exceed what the checkpoint or the precision can hold.
+            SourceError: a text is too long, where that is an error.
+        """
+        vectors = np.empty((len(texts), self.width), self._stored)
+        lengths, truncated = np.empty(len(texts), np.int64), np.empty(len(texts), bool)
+        waiting: Callable[[], None] | None = None
+        for span, tokens in self._tokenized(texts, pairs):
+            lengths[span], truncated[span] = tokens.lengths, tokens.truncated
+            with self._encoding:
+                begun = self._begin(tokens, vectors[span])
+                if waiting:
+                    waiting()
+            waiting = begun
+        if waiting:
+            with self._encoding:
+                waiting()
+        return Encoded(vectors, lengths, truncated)
+
+    def _tokenized(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Iterator[tuple[slice, Tokens]]:
+        """Blocks of texts, each tokenized while the one before is encoded."""
+        edges = [*range(0, len(texts), self.backend.block), len(texts)]
+        spans = [slice(start, stop) for start, stop in pairwise(edges)]
+        with ThreadPoolExecutor(1, "bertray-tokenize") as pool:
+            jobs = [pool.submit(self.tokenizer, texts[span], pairs[span] if pairs else None) for span in spans[:2]]
+            for number, span in enumerate(spans):
+                tokens = jobs.pop(0).result()
+                if number + 2 < len(spans):
+                    ahead = spans[number + 2]
+                    jobs.append(pool.submit(self.tokenizer, texts[ahead], pairs[ahead] if pairs else None))
+                yield span, tokens
+
+    def _begin(self, tokens: Tokens, out: Vectors) -> Callable[[], None]:
+        """Begin to encode a block into `out`; what is returned waits until it is there."""
+        if tokens.ids.max(initial=0) >= self._vocabulary:
             raise CheckpointError(
-                f"Vectors in {self.precision} exceed what can be stored. Set encoder.precision to fp32."
+                f"The tokenizer of {self._name} gives token {tokens.ids.max()}, but its model knows "
+                f"{self._vocabulary}. Give a checkpoint whose tokenizer belongs to it."
             )
-        return Encoded(vectors.numpy(), tokens.lengths, tokens.truncated)
+        if not self._typed:
+            tokens.types[:] = 0
+        order = np.argsort(-tokens.lengths, kind="stable")
+        result = self.backend.start(tokens.take(order))
 
-    @torch.inference_mode()
-    def _forward(self, tokens: Tokens, rows: NDArray[np.int64]) -> torch.Tensor:
-        """One pack: texts of one length, so neither padding nor a mask. Returns [len(rows), width]."""
-        positions = tokens.offsets[rows, None] + np.arange(tokens.lengths[rows[0]])
-        inputs = {"input_ids": torch.from_numpy(tokens.ids[positions]).to(self.device)}
-        if getattr(self.model.config, "type_vocab_size", 0) > 1:
-            inputs["token_type_ids"] = torch.from_numpy(tokens.types[positions]).to(self.device)
-        output = self.model(**inputs)
-        return self._pool(output.last_hidden_state, output).to(self._stored).cpu()
+        def finish() -> None:
+            vectors = result()
+            with np.errstate(over="ignore"):
+                out[order] = vectors
+            if not np.isfinite(out).all():
+                raise CheckpointError(
+                    f"Vectors in {self.backend.precision} exceed what can be stored. Set encoder.precision to fp32."
+                )
 
-
-# Each takes the last hidden state [n, tokens, width] of texts of one length and gives [n, width].
-POOLINGS: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
-    "pooler": lambda hidden, output: output.pooler_output,
-    "cls": lambda hidden, output: hidden[:, 0],
-    "mean": lambda hidden, output: hidden.float().mean(1),
-    "max": lambda hidden, output: hidden.amax(1),
-}
+        return finish
 
 
-def precision_on(device: str) -> str:
-    """The precision that `auto` stands for: bf16 where the device computes in it, else fp16 on GPUs, fp32 on CPUs."""
-    if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
-
-
-def stored_dtype(precision: str) -> str:
+def stored_dtype(precision: str) -> Any:
     """The NumPy type that vectors of a precision (as the spec names it) are stored in."""
-    return "float32" if precision == "fp32" else "float16"
+    return np.float32 if precision == "fp32" else np.float16
 
 
-def _load(checkpoint: Checkpoint, spec: EncoderSpec, dtype: torch.dtype) -> Any:
+def _load(checkpoint: Checkpoint, spec: EncoderSpec) -> Any:
+    """The model in float32 on the CPU, whole and fit for what the spec asks."""
     from transformers import AutoModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         model, info = AutoModel.from_pretrained(
-            checkpoint.folder, dtype=dtype, output_loading_info=True, local_files_only=True
+            checkpoint.folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
         )
     except Exception as error:  # transformers raises many kinds: say what it said
         raise CheckpointError(f"{checkpoint.name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error

@@ -3,7 +3,7 @@
 Ray's own start brings a dashboard, an autoscaler's monitor, a log monitor, two agents and three helper actors of Ray
 Data, each a Python process: on a laptop they cost more than a small job. Nobody looks at a cluster that ends with the
 command, it cannot grow, and its logs lie in files. What is left out is left out by Ray's own parts, which are private
-to Ray: where a version has them no longer, Ray starts as it is. Knows nothing of what runs on it.
+to Ray: any other version than the one that this was tested with starts as it is. Knows nothing of what runs on it.
 """
 
 import importlib
@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+_TESTED = "2.60.0"
 # Raylets do not wait for the agents' ports when they are written down already; -1 is Ray's word for a port not in use.
 _PORTS = ("METRICS_AGENT_PORT_NAME", "METRICS_EXPORT_PORT_NAME", "DASHBOARD_AGENT_LISTEN_PORT_NAME")
 _AGENTS_LIBRARIES = "ray.dashboard.optional_deps"
@@ -30,7 +31,9 @@ def starting(environments: bool) -> Iterator[None]:
         environments: whether the job uses runtime environments, as Ray Train does.
     """
     try:
-        if sys.platform != "linux":  # elsewhere agents have no pipe to the raylet
+        import ray
+
+        if sys.platform != "linux" or ray.__version__ != _TESTED:  # elsewhere agents have no pipe to the raylet
             raise ImportError
         from ray._private import node
 

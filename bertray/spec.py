@@ -96,7 +96,7 @@ class Encoder(Part):
     truncation: Literal["truncate", "error"] = Field(
         "truncate", description="what becomes of longer texts; how many were truncated is always reported"
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int16", "int8"] = Field(
         "auto", description="number format of the encoder; auto takes the fastest with a cosine of 0.999 to fp32"
     )
 

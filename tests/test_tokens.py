@@ -3,7 +3,7 @@ import pytest
 from conftest import SHARED
 
 from bertray.errors import SourceError
-from bertray.tokens import Tokenizer, packs
+from bertray.tokens import Tokenizer, Tokens
 
 NOTEBOOK_IDS = [101, 1045, 2001, 24907, 999, 102, 1045, 10749, 2300, 1024, 1040, 102]
 
@@ -55,13 +55,73 @@ def test_truncation_can_be_an_error(minilm):
         Tokenizer(minilm.folder, 8, "error")(["cat", "dog " * 50])
 
 
+def of_lengths(lengths):
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids = np.arange(offsets[-1])
+    return Tokens(ids, ids % 2, offsets, np.arange(len(lengths)) % 2 == 0)
+
+
+@pytest.mark.parametrize("equal", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_packs_hold_every_text_once_at_one_length_within_the_budget(seed):
-    rng = np.random.default_rng(seed)
-    lengths, budget = rng.integers(1, 60, 500), 100
-    cut = packs(lengths, budget)
-    assert sorted(np.concatenate(cut).tolist()) == list(range(500))
-    for rows in cut:
-        assert len(set(lengths[rows])) == 1
-        assert len(rows) == 1 or lengths[rows].sum() <= budget
-    assert packs(np.zeros(0, np.int64), budget) == []
+def test_packs_hold_every_text_once_within_the_budget(seed, equal):
+    lengths, budget = np.sort(np.random.default_rng(seed).integers(1, 60, 500))[::-1], 100
+    packs = list(of_lengths(lengths).packs(budget, equal))
+    assert [row for start, stop in packs for row in range(start, stop)] == list(range(500))
+    for start, stop in packs:
+        assert stop - start == 1 or lengths[start:stop].sum() <= budget
+        assert not equal or len(set(lengths[start:stop])) == 1
+    # No pack could have taken the next text too.
+    for start, stop in packs[:-1]:
+        more = lengths[start : stop + 1]
+        assert more.sum() > budget or (equal and len(set(more)) > 1)
+    assert list(of_lengths([]).packs(budget, equal)) == []
+    assert list(of_lengths([500, 7]).packs(budget, equal)) == [(0, 1), (1, 2)]
+
+
+def test_texts_are_taken_in_any_order():
+    tokens = of_lengths([3, 1, 4, 2])
+    taken = tokens.take(np.array([2, 0, 2]))
+    assert taken.ids.tolist() == [4, 5, 6, 7, 0, 1, 2, 4, 5, 6, 7]
+    assert taken.offsets.tolist() == [0, 4, 7, 11]
+    assert taken.truncated.tolist() == [True, True, True]
+    assert tokens.take(np.array([], np.int64)).ids.tolist() == []
+
+
+@pytest.fixture
+def plain(minilm):
+    """The checkpoint's tokenizer without nanotoken."""
+    tokenizer = Tokenizer(minilm.folder, 12)
+    tokenizer._fast = None
+    return tokenizer
+
+
+TEXTS = [
+    "",
+    " ",
+    "one two",
+    "naïve café 😀",
+    "x" * 300,
+    "\x00\x85\u2028",
+    "中文 字",
+    "[CLS] [MASK] tokens",
+    "cat " * 40,
+]
+
+
+def test_nanotoken_gives_the_same(minilm, plain):
+    pytest.importorskip("nanotoken")
+    tokenizer = Tokenizer(minilm.folder, 12)
+    fast, slow = tokenizer(TEXTS), plain(TEXTS)
+    assert tokenizer._fast is not None
+    for name in ("ids", "types", "offsets", "truncated"):
+        assert np.array_equal(getattr(fast, name), getattr(slow, name)), name
+
+
+def test_nanotoken_is_left_where_it_differs(minilm, plain, caplog):
+    pytest.importorskip("nanotoken")
+    tokenizer = Tokenizer(minilm.folder, 12)
+    tokenizer._fast = type(tokenizer._fast).from_vocab(minilm.folder / "vocab.txt", lowercase=False)
+    texts = ["Upper Case"] * 3
+    assert np.array_equal(tokenizer(texts).ids, plain(texts).ids)
+    assert tokenizer._fast is None
+    assert "nanotoken gives other ids" in caplog.text

@@ -1,0 +1,1 @@
+"""What bertray is measured by, beside what a user could pick instead. Results are in RESULTS.md."""

@@ -1,0 +1,309 @@
+"""Backends: what runs an encoder's layers on a device in a precision. Packs of token ids in, pooled vectors out.
+
+Which one runs what is decided by measurement (benchmarks/RESULTS.md): native.c where the processor and the encoder's
+layers allow it, else torch. On CUDA texts are packed without padding and attention keeps them apart; a CPU gets packs
+of one length each, which need neither padding nor a mask. Knows nothing of texts, files or Ray.
+"""
+
+import copy
+import inspect
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from bertray import native
+from bertray.errors import CheckpointError
+from bertray.progress import log
+from bertray.tokens import Tokens
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Tokens that go through the encoder at once: enough to fill the device, little enough to stay in its caches.
+_BUDGETS = {"cpu": 4096, "cuda": 65_536}
+# Texts that are sorted and packed together.
+_BLOCKS = {"cpu": 8192, "cuda": 32_768}
+_ATTENTION = "bertray_varlen"
+_FIDELITY = 0.999  # least cosine to fp32 that `auto` takes
+_SAME = 0.9  # a lower one is no matter of precision: the backend does not fit the model
+
+Pooling = Callable[[torch.Tensor, Any], torch.Tensor]
+# Each takes the last hidden states [n, tokens, width] of texts of one length, and the model's pooler.
+POOLINGS: dict[str, Pooling] = {
+    "pooler": lambda hidden, pooler: pooler(hidden),
+    "cls": lambda hidden, pooler: hidden[:, 0],
+    "mean": lambda hidden, pooler: hidden.float().mean(1),
+    "max": lambda hidden, pooler: hidden.amax(1),
+}
+
+
+class Backend(Protocol):
+    """name: what it is, for logs and reports; precision: what it computes in; block: texts to hand over at once."""
+
+    name: str
+    precision: str
+    block: int
+
+    def start(self, tokens: Tokens) -> Callable[[], NDArray[Any]]:
+        """Begin to encode texts sorted by falling length; the result, once called, waits for vectors [n, width]."""
+        ...
+
+
+def choose(model: Any, precision: str, pooling: str, device: str, threads: int = 0) -> Backend:
+    """The fastest backend for a loaded model (float32, on the CPU) in a precision, or for `auto` in the fastest one
+    that keeps a cosine of 0.999 to fp32.
+
+    Raises:
+        CheckpointError: the precision cannot be had on this device.
+    """
+    wanted = _automatic(model, device) if precision == "auto" else [precision]
+    expected = _reference(model, pooling)
+    for candidate in wanted:
+        backend = _build(model, candidate, pooling, device, threads)
+        cosine = _least_cosine(backend.start(_sample(model))(), expected)
+        if cosine >= (_FIDELITY if precision == "auto" and candidate != "fp32" else _SAME):
+            log.debug("encoder: %s, cosine to fp32 at least %.5f on a sample", backend.name, cosine)
+            return backend
+        log.warning("encoder: %s has a cosine of %.4f to fp32 here and is not used", backend.name, cosine)
+    raise CheckpointError(f"encoder.precision {precision} gives other vectors than fp32 on {device}. Set it to fp32.")
+
+
+def _automatic(model: Any, device: str) -> list[str]:
+    """The precisions that `auto` may stand for, the fastest first."""
+    if device == "cuda":
+        return ["bf16", "fp16", "fp32"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["fp16", "fp32"]
+    gain = _gain_of_bf16()
+    integers = [] if native.why_not(model) else ["int16"]  # twice the rate of fp32
+    if gain > 3:  # AMX
+        return ["bf16", *integers, "fp32"]
+    return [*integers, *(["bf16"] if gain > 1.3 else []), "fp32"]
+
+
+def _gain_of_bf16(size: int = 512) -> float:
+    """How many times faster than float32 this CPU multiplies bfloat16 matrices: that it can does not say that it
+    gains by it."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(size, size, dtype=dtype)
+        times = []
+        for _ in range(8):
+            started = time.perf_counter()
+            matrix @ matrix
+            times.append(time.perf_counter() - started)
+        seconds[dtype] = min(times)
+    return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
+def _build(model: Any, precision: str, pooling: str, device: str, threads: int) -> Backend:
+    reason = "it is for CPUs" if device != "cpu" else native.why_not(model)
+    if precision in native.PRECISIONS and not reason:
+        return native.NativeBackend(model, precision, pooling, threads)
+    if precision not in DTYPES:
+        raise CheckpointError(f"encoder.precision {precision} cannot be had here: {reason}. Set it to auto.")
+    model = copy.deepcopy(model).to(device, DTYPES[precision])
+    if device == "cuda" and not (reason := _why_not_varlen(model)):
+        return VarlenBackend(model, precision, pooling, device)
+    if device == "cuda":
+        log.warning("encoder: texts are grouped by length, since packed attention cannot be used: %s", reason)
+    return TorchBackend(model, precision, pooling, device)
+
+
+def _reference(model: Any, pooling: str) -> NDArray[np.float32]:
+    return TorchBackend(model, "fp32", pooling, "cpu").start(_sample(model))()
+
+
+def _sample(model: Any) -> Tokens:
+    """Made-up texts to compare backends on, sorted by falling length."""
+    offsets = np.cumsum([0, 48, 31, 31, 12, 5, 3])
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, offsets[-1])
+    return Tokens(ids, np.zeros_like(ids), offsets, np.zeros(len(offsets) - 1, bool))
+
+
+def _least_cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return float(((a * b).sum(1) / np.maximum(norms, 1e-30)).min())
+
+
+class TorchBackend:
+    """Any encoder of transformers, a pack of texts of one length at a time."""
+
+    equal = True
+
+    def __init__(self, model: Any, precision: str, pooling: str, device: str) -> None:
+        self.precision = precision
+        self.name = f"{precision} by torch on {device}"
+        self.block = _BLOCKS[device]
+        self.budget = _BUDGETS[device]
+        self._model, self._device = model, device
+        self._pool, self._pooler = POOLINGS[pooling], getattr(model, "pooler", None)
+        self._types = getattr(model.config, "type_vocab_size", 0) > 1
+
+    @torch.inference_mode()
+    def start(self, tokens: Tokens) -> Callable[[], NDArray[Any]]:
+        """Begin to encode texts sorted by falling length. On CUDA this returns while the device works."""
+        ids, types = self._moved(tokens.ids), self._moved(tokens.types)
+        parts: list[torch.Tensor] = []
+        start = 0
+        while start < len(tokens.truncated):
+            end = tokens.pack_end(start, self.budget, self.equal)
+            try:
+                parts.append(self._pack(ids, types, tokens.offsets[start : end + 1]))
+                start = end
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                self._halve(end - start, int(tokens.offsets[end] - tokens.offsets[start]))
+        # Vectors leave the device in the precision that is stored.
+        vectors = torch.cat(parts).to(_stored(self.precision))
+        if self._device == "cpu":
+            return vectors.numpy
+        host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
+        host.copy_(vectors, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def finish() -> NDArray[Any]:
+            copied.synchronize()
+            return host.numpy()
+
+        return finish
+
+    def _moved(self, array: NDArray[np.int64]) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self._device == "cpu" else tensor.pin_memory().to(self._device, non_blocking=True)
+
+    def _halve(self, texts: int, tokens: int) -> None:
+        """The device is out of memory: this pack and all later ones become smaller."""
+        if texts == 1:
+            raise CheckpointError(
+                f"A text of {tokens} tokens does not fit the memory of the {self._device} device. "
+                "Lower encoder.max_length, or take a smaller encoder or precision."
+            )
+        if self._device == "cuda":
+            torch.cuda.empty_cache()
+        self.budget = tokens // 2
+        log.warning("encoder: out of memory on %s; packs now hold %d tokens", self._device, self.budget)
+
+    def _pack(self, ids: torch.Tensor, types: torch.Tensor, offsets: NDArray[np.int64]) -> torch.Tensor:
+        """Vectors [n, width] of texts of one length."""
+        texts = len(offsets) - 1
+        span = slice(int(offsets[0]), int(offsets[-1]))
+        inputs = {"input_ids": ids[span].view(texts, -1)}
+        if self._types:
+            inputs["token_type_ids"] = types[span].view(texts, -1)
+        return self._pool(self._model(**inputs).last_hidden_state, self._pooler)
+
+
+class VarlenBackend(TorchBackend):
+    """Texts of any lengths one after another in one row, without padding; attention knows where each begins and ends.
+
+    transformers gives the lengths to the attention function and nowhere else, so it has to be one of our own:
+    without a mask of its own making, other attention would run across texts.
+    """
+
+    equal = False
+
+    def __init__(self, model: Any, precision: str, pooling: str, device: str) -> None:
+        super().__init__(model, precision, pooling, device)
+        self.name += ", packed"
+        model.set_attn_implementation(_registered_attention())
+        padding = getattr(getattr(model.embeddings, "position_embeddings", None), "padding_idx", None)
+        self._first_position = 0 if padding is None else padding + 1  # RoBERTa's kin count from behind it
+
+    def _pack(self, ids: torch.Tensor, types: torch.Tensor, offsets: NDArray[np.int64]) -> torch.Tensor:
+        """Vectors [n, width] of texts sorted by falling length."""
+        span = slice(int(offsets[0]), int(offsets[-1]))
+        offsets = offsets - offsets[0]
+        lengths = np.diff(offsets)
+        starts = self._moved(offsets)
+        longest = int(lengths[0])
+        tokens = torch.arange(int(offsets[-1]), device=self._device)
+        positions = tokens - starts[torch.searchsorted(starts, tokens, right=True) - 1] + self._first_position
+        inputs = {"input_ids": ids[None, span], "position_ids": positions[None]}
+        if self._types:
+            inputs["token_type_ids"] = types[None, span]
+        edges = starts.to(torch.int32)
+        lengths_of = {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
+        hidden = self._model(**inputs, **lengths_of).last_hidden_state[0]
+        # Sorted by length: each run of one length is a rectangle.
+        runs = [0, *(np.flatnonzero(np.diff(lengths)) + 1).tolist(), len(lengths)]
+        rectangles = (
+            hidden[offsets[start] : offsets[stop]].view(stop - start, -1, hidden.shape[-1])
+            for start, stop in pairwise(runs)
+        )
+        return torch.cat([self._pool(rectangle, self._pooler) for rectangle in rectangles])
+
+
+def _why_not_varlen(model: Any) -> str:
+    """Why texts cannot be packed for a model; empty if they can."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return f"{type(model).__name__} takes no position_ids"
+    if any(getattr(model.config, name, None) for name in ("sliding_window", "local_attention")):
+        return f"some layers of {type(model).__name__} attend within a window"
+    if model.dtype == torch.float32:
+        return "it has no float32"
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+    except ImportError:
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
+    return ""
+
+
+def _registered_attention() -> str:
+    """The name under which transformers finds attention over packed texts."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_ATTENTION, _attention)
+    return _ATTENTION
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int = 0,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention within each of the texts that lie one after another.
+
+    Args:
+        query, key, value: [1, heads, tokens, depth] each.
+        cu_seq_lens_q: [texts + 1] where each text begins, and the end.
+        max_length_q: tokens of the longest.
+
+    Returns:
+        [1, tokens, heads, depth], and no weights.
+    """
+    if cu_seq_lens_q is None:
+        raise CheckpointError(f"{type(module).__name__} does not hand the texts' lengths to its attention.")
+    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+    if query.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+
+        packed: Any = varlen_attn(
+            query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling
+        )
+        return packed.unsqueeze(0), None
+    out = torch.empty_like(query)
+    for start, stop in pairwise(cu_seq_lens_q.tolist()):  # without a GPU: for tests
+        q, k, v = (part[start:stop].transpose(0, 1)[None] for part in (query, key, value))
+        out[start:stop] = F.scaled_dot_product_attention(q, k, v, scale=scaling)[0].transpose(0, 1)
+    return out.unsqueeze(0), None
+
+
+def _stored(precision: str) -> torch.dtype:
+    """The type that vectors of a precision are stored in: float16 is finer than bf16, and its range is checked."""
+    return torch.float32 if precision == "fp32" else torch.float16
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -1,0 +1,217 @@
+"""What runs the layers: each family and each way of packing gives what plain transformers gives."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import ModernBertModel
+
+from bertray import backends, native
+from bertray.backends import POOLINGS, TorchBackend, VarlenBackend
+from bertray.errors import CheckpointError
+from bertray.tokens import Tokens
+
+LENGTHS = [70, 33, 33, 32, 17, 16, 15, 5, 2, 1]
+
+
+def families():
+    """Small random encoders of BERT's kin."""
+    import transformers as t
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    small = {**sizes, "vocab_size": 200}
+    distilbert = {"dim": 64, "n_layers": 2, "n_heads": 2, "hidden_dim": 128, "vocab_size": 200}
+    return {
+        "bert": (t.BertModel, t.BertConfig(**small)),
+        "bert-deep-heads": (t.BertModel, t.BertConfig(**{**small, "num_attention_heads": 4})),
+        "bert-relu": (t.BertModel, t.BertConfig(**small, hidden_act="relu")),
+        "roberta": (t.RobertaModel, t.RobertaConfig(**small)),
+        "xlm-roberta": (t.XLMRobertaModel, t.XLMRobertaConfig(**small)),
+        "electra": (t.ElectraModel, t.ElectraConfig(**small, embedding_size=64)),
+        "electra-small": (t.ElectraModel, t.ElectraConfig(**small, embedding_size=32)),
+        "distilbert": (t.DistilBertModel, t.DistilBertConfig(**distilbert)),
+        "modernbert": (t.ModernBertModel, t.ModernBertConfig(**small, pad_token_id=0)),
+    }
+
+
+@pytest.fixture(scope="module", params=list(families()))
+def model(request):
+    kind, config = families()[request.param]
+    torch.manual_seed(0)
+    model = kind(config).eval().requires_grad_(False)
+    for parameter in model.parameters():  # so that every bias and norm counts
+        parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def tokens_of(lengths, vocabulary=200):
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids = np.random.default_rng(1).integers(5, vocabulary, offsets[-1])
+    return Tokens(ids, np.zeros_like(ids), offsets, np.zeros(len(lengths), bool))
+
+
+def one_at_a_time(model, tokens, pooling):
+    rows = []
+    for start, stop in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True):
+        with torch.inference_mode():
+            output = model(input_ids=torch.from_numpy(tokens.ids[None, start:stop]))
+        hidden = output.last_hidden_state[0]
+        by_name = {"cls": hidden[0], "mean": hidden.mean(0), "max": hidden.amax(0)}
+        rows.append(output.pooler_output[0] if pooling == "pooler" else by_name[pooling])
+    return torch.stack(rows).numpy()
+
+
+@pytest.fixture(params=POOLINGS)
+def pooling(request, model):
+    if request.param == "pooler" and getattr(model, "pooler", None) is None:
+        pytest.skip(f"{type(model).__name__} has no pooler")
+    return request.param
+
+
+def test_groups_of_one_length(model, pooling):
+    tokens = tokens_of(LENGTHS)
+    vectors = TorchBackend(model, "fp32", pooling, "cpu").start(tokens)()
+    np.testing.assert_allclose(vectors, one_at_a_time(model, tokens, pooling), atol=1e-5)
+
+
+def test_packed_without_padding(model, pooling):
+    """The layout that CUDA gets, with attention text by text in place of its kernel."""
+    tokens = tokens_of(LENGTHS)
+    if "window" in (reason := backends._why_not_varlen(model)):
+        assert isinstance(model, ModernBertModel)
+        pytest.skip(reason)
+    backend = VarlenBackend(copy.deepcopy(model), "fp32", pooling, "cpu")
+    for budget in (4096, 50, 1):
+        backend.budget = budget
+        np.testing.assert_allclose(backend.start(tokens)(), one_at_a_time(model, tokens, pooling), atol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "least"), [("fp32", 0.999999), ("int16", 0.9999), ("int8", 0.99)])
+def test_native(model, pooling, precision, least):
+    if reason := native.why_not(model):
+        pytest.skip(reason)
+    tokens = tokens_of(LENGTHS)
+    backend = native.NativeBackend(model, precision, pooling, threads=3)
+    vectors = backend.start(tokens)()
+    assert backends._least_cosine(vectors, one_at_a_time(model, tokens, pooling)) > least
+    np.testing.assert_array_equal(vectors, native.NativeBackend(model, precision, pooling, threads=1).start(tokens)())
+
+
+@pytest.fixture
+def small():
+    kind, config = families()["bert"]
+    torch.manual_seed(0)
+    return kind(config).eval().requires_grad_(False)
+
+
+class Cramped(torch.nn.Module):
+    """A model on a device whose memory holds so many tokens at once."""
+
+    def __init__(self, model, tokens):
+        super().__init__()
+        self.model, self.tokens, self.config, self.pooler = model, tokens, model.config, model.pooler
+
+    def forward(self, **inputs):
+        if inputs["input_ids"].numel() > self.tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.model(**inputs)
+
+
+def test_out_of_memory_halves_the_packs_and_goes_on(small, caplog):
+    tokens = tokens_of([20] * 40 + [6] * 40)
+    backend = TorchBackend(Cramped(small, 150), "fp32", "mean", "cpu")
+    backend.budget = 1000
+    np.testing.assert_allclose(backend.start(tokens)(), one_at_a_time(small, tokens, "mean"), atol=1e-5)
+    assert 75 <= backend.budget <= 150  # remembered
+    caplog.clear()
+    backend.start(tokens)()
+    assert "out of memory" not in caplog.text
+    with pytest.raises(CheckpointError, match="A text of 200 tokens does not fit the memory of the cpu device"):
+        backend.start(tokens_of([200]))
+
+
+def test_auto_is_never_far_from_fp32(small):
+    backend = backends.choose(small, "auto", "mean", "cpu")
+    tokens = tokens_of(LENGTHS)
+    assert backends._least_cosine(backend.start(tokens)(), one_at_a_time(small, tokens, "mean")) > 0.999
+
+
+def test_a_backend_that_differs_is_not_used(small, monkeypatch, caplog):
+    class Wrong(TorchBackend):
+        def start(self, tokens):
+            finish = super().start(tokens)
+            return lambda: finish() + 0.3 * np.arange(self._model.config.hidden_size)
+
+    monkeypatch.setattr(backends, "_automatic", lambda model, device: ["bf16", "fp32"])
+    right = backends._build
+    monkeypatch.setattr(
+        backends,
+        "_build",
+        lambda model, precision, pooling, *rest: (
+            Wrong(model, "bf16", pooling, "cpu") if precision == "bf16" else right(model, precision, pooling, *rest)
+        ),
+    )
+    assert backends.choose(small, "auto", "mean", "cpu").precision == "fp32"
+    assert "is not used" in caplog.text
+    with pytest.raises(CheckpointError, match="precision bf16 gives other vectors than fp32"):
+        backends.choose(small, "bf16", "mean", "cpu")
+
+
+@pytest.fixture
+def afresh():
+    """Whatever is known of this machine is found out again, before and after."""
+    for found in (native._library, native._cpu_flags):
+        found.cache_clear()
+    yield
+    for found in (native._library, native._cpu_flags):
+        found.cache_clear()
+
+
+def test_another_processor_gets_torch(small, monkeypatch):
+    monkeypatch.setattr(native, "_cpu_flags", lambda: frozenset({"avx2", "fma"}))
+    assert isinstance(backends.choose(small, "fp32", "mean", "cpu"), TorchBackend)
+    assert isinstance(backends.choose(small, "auto", "mean", "cpu"), TorchBackend)
+    with pytest.raises(CheckpointError, match=r"precision int8 cannot be had here: this processor has no avx512.*auto"):
+        backends.choose(small, "int8", "mean", "cpu")
+
+
+def test_without_a_compiler_torch_is_used(small, monkeypatch, afresh):
+    if "no avx512" in native.why_not(small):
+        pytest.skip(native.why_not(small))
+    native._library.cache_clear()
+    monkeypatch.setenv("PATH", "")
+    assert native.why_not(small) == "there is no C compiler (cc)"
+    assert isinstance(backends.choose(small, "auto", "mean", "cpu"), TorchBackend)
+
+
+def test_a_compiler_that_fails_says_so(small, monkeypatch, afresh, tmp_path):
+    if "no avx512" in native.why_not(small):
+        pytest.skip(native.why_not(small))
+    native._library.cache_clear()
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho cannot compile this >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "cannot compile this" in native.why_not(small)
+
+
+def test_the_build_is_kept(small, monkeypatch, afresh, tmp_path):
+    if reason := native.why_not(small):
+        pytest.skip(reason)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for _ in range(2):
+        native._library.cache_clear()
+        assert native.why_not(small) == ""
+        (built,) = (tmp_path / "bertray").glob("native-*.so")
+    first = built.stat().st_mtime_ns
+    native._library.cache_clear()
+    assert native.why_not(small) == ""
+    assert built.stat().st_mtime_ns == first
+
+
+def test_attention_without_lengths_is_an_error():
+    empty = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(CheckpointError, match="does not hand the texts' lengths"):
+        backends._attention(torch.nn.Identity(), empty, empty, empty, None)

@@ -1,0 +1,129 @@
+"""The benchmark itself: a small real run, and the parts that tables and shares are made of."""
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from benchmarks import contestants, machine, peers, results, texts
+from benchmarks.contestants import Contestant, Job, SkippedError
+
+LIGHT = "notebook,bertray-fp32"  # what needs none of the extra's packages
+
+
+@pytest.fixture(scope="module")
+def printed():
+    command = f"-m benchmarks.engine --quick --texts 64 --rounds 1 --corpora tweets --only {LIGHT} --threads 1"
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rows(markdown):
+    """The cells of every contestant's row, by its name."""
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if "|" in line]
+    head = next(cells for cells in found if cells[0] == "contestant")
+    return {cells[0]: dict(zip(head, cells, strict=True)) for cells in found if cells[0] in LIGHT.split(",")}
+
+
+def test_a_small_run_gives_a_sane_row_to_each_contestant(printed):
+    found = rows(printed)
+    assert list(found) == LIGHT.split(",")
+    for cells in found.values():
+        middle, least, most = (float(number) for number in re.findall(r"[\d.]+", cells["texts/s"]))
+        assert 1 < least <= middle <= most < 1e5
+        assert float(cells["cosine, least"]) > 0.9999
+        assert cells["computes in"] == "fp32"
+        assert 0 < float(cells["share"].rstrip("%")) < 400  # the rate was measured at another moment
+        assert 100 < float(cells["peak MB"].replace(",", "")) < 4000
+    assert found["bertray-fp32"]["padding"] == "0.0%"
+    assert float(found["notebook"]["padding"].rstrip("%")) > 20
+
+
+def test_a_small_run_tells_the_machine(printed):
+    assert re.search(r"^- CPU: .+, \d+ cores$", printed, re.M)
+    assert re.search(r"^- versions: .*torch \d.*transformers \d", printed, re.M)
+    assert re.search(r"^- matrix products by torch, .*: fp32 \d", printed, re.M)
+
+
+def test_unknown_contestants_are_named():
+    command = [sys.executable, "-m", "benchmarks.engine", "--only", "notebok"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "'notebok' is none of notebook" in done.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in peers.PEERS if name != "notebook"])
+def test_every_peer_gives_the_same_vectors_in_order(name, tiny, minilm):
+    """Or is left out with a reason, as without its package."""
+    found = ["a", "one two three four", "", "naïve café 😀", "cat " * 600, "one"] * 3
+    job = Job(str(tiny), "cpu", 1, {"some": found})
+    try:
+        peer = contestants.make(name, job)
+    except (ImportError, peers.UnavailableError, peers.exports.ExportError) as reason:
+        pytest.skip(str(reason))
+    expected = contestants.make(contestants.REFERENCE, job)(found)
+    vectors = peer(found)
+    least = {"fp32": 0.99999, "bf16": 0.999, "int8": 0.9}[peer.precision]
+    cosines = (vectors * expected).sum(1) / np.linalg.norm(vectors, axis=1) / np.linalg.norm(expected, axis=1)
+    assert cosines.min() > least
+    assert peer.fed >= 3 * (3 + 6 + 2 + 512 + 3)
+
+
+def test_a_contestant_that_cannot_start_says_why(tiny):
+    with pytest.raises(SkippedError, match="it is measured on GPUs alone"):
+        Contestant("sentence-transformers-fp16", Job(str(tiny), "cpu", 1, {}))
+
+
+def test_only_one_contestant_runs_at_a_time(tiny):
+    contestant = Contestant("notebook", Job(str(tiny), "cpu", 1, {"some": ["one", "two"]}))
+    try:
+        _, status = os.waitpid(contestant.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        assert contestant.encode("some")["fed"] == 6
+    finally:
+        contestant.close()
+
+
+def test_sections_are_replaced_alone(tmp_path):
+    path = tmp_path / "RESULTS.md"
+    for section, markdown in (("one", "first"), ("two", r"a \1 b"), ("one", "again\n")):
+        results.write(section, markdown, path)
+    text = path.read_text()
+    assert text.startswith("# Results\n")
+    assert text.endswith("\n\n<!-- one -->\nagain\n<!-- /one -->\n\n<!-- two -->\na \\1 b\n<!-- /two -->\n")
+
+
+def test_tables_line_up():
+    lines = results.table([{"name": "a", "texts/s": 1.5}, {"name": "longer", "texts/s": 10}]).splitlines()
+    assert lines == [
+        "| name   | texts/s |",
+        "|--------|--------:|",
+        "| a      |     1.5 |",
+        "| longer |      10 |",
+    ]
+
+
+def test_rates_are_those_of_a_processor():
+    rates = machine.matmul_rates("cpu", size=256)
+    assert {"fp32", "bf16"} <= set(rates)
+    assert all(1e8 < rate < 1e15 for rate in rates.values())
+
+
+def test_lengths_of_texts_are_as_said(minilm):
+    from bertray.tokens import Tokenizer
+
+    tokenizer = Tokenizer(minilm.folder, 10_000)
+    long = texts.corpus("long", 400, minilm.folder)
+    assert len(long) == 50
+    lengths = tokenizer(long).lengths
+    assert 120 <= lengths.min() < 200
+    assert 440 < lengths.max() <= 516  # a word cut in two may take a token more or less
+    assert long == texts.corpus("long", 400, minilm.folder)
+    mixed = tokenizer(texts.corpus("mixed", 400, minilm.folder)).lengths
+    assert mixed.min() < 10
+    assert mixed.max() > 300
