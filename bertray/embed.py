@@ -7,6 +7,7 @@ encodes a unit it reads the next and writes the last. Units whose shards are the
 import json
 import os
 import platform
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -182,19 +183,21 @@ def _receipts(
 class UnitEncoder:
     """The actor: a unit in, its shard written, a receipt out. What a user can mend comes back as a value.
 
-    Calls run beside each other. Each reads and encodes in a thread that all calls share, so that files are read
-    forwards and only one unit is encoded at a time, and writes in its own.
+    Calls run beside each other. Each reads in a thread that all share, so that files are read forwards; the encoder
+    lets one encode while others tokenize; each writes in its own.
     """
 
     def __init__(self, job: Job, device: str, threads: int) -> None:
         self.job = job
         self._readers = {split: Reader(columns) for split, columns in job.columns.items()}
-        self._reading, self._encoding = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._reading = ThreadPoolExecutor(1)
         try:
             # Before torch loads its threads' library: a thread that has done its part sleeps soon. Threads that spin
             # for others take the processor from them where there are more threads than processors.
             if "OMP_WAIT_POLICY" not in os.environ:
                 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+            for name in ("scipy", "sklearn", "PIL"):  # transformers imports them where they are installed
+                sys.modules.setdefault(name, None)  # type: ignore[arg-type]
             from bertray.encoder import Encoder
 
             checkpoint = checkpoints.find(job.checkpoint, job.revision)
@@ -226,6 +229,7 @@ class UnitEncoder:
             return {"split": split, "value": " ".join(line.split()), "error": "StoreError", "ready": self.ready}
 
     def _encode(self, split: str, unit: Unit) -> Receipt:
+        started = time.perf_counter()
         columns, names = self.job.columns[split], self.job.label_names
         batch = self._reading.submit(self._readers[split].read, unit).result()
         counts = Counter(batch.rows["label"].to_pylist()) if columns.label else Counter()
@@ -233,7 +237,7 @@ class UnitEncoder:
             labels.check(counts, names, unit.url)
         texts = batch.rows["text"].to_pylist()
         pairs = batch.rows["text_pair"].to_pylist() if columns.text_pair else None
-        encoded, seconds = self._encoding.submit(_timed, self.encoder.encode, texts, pairs).result()
+        encoded = self.encoder.encode(texts, pairs)
         receipt = Receipt(
             unit.key,
             len(texts),
@@ -241,17 +245,11 @@ class UnitEncoder:
             _empty(batch.rows["text"]),
             int(encoded.truncated.sum()),
             int(encoded.tokens.sum()),
-            round(seconds, 4),
+            round(time.perf_counter() - started, 4),
             dict(counts),
         )
         self.job.stores[split].write_shard(receipt, self.job.finish(batch.rows, encoded.vectors), batch.rejects)
         return receipt
-
-
-def _timed(action: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    """What it gives, and how many seconds it took."""
-    started = time.perf_counter()
-    return action(*arguments), time.perf_counter() - started
 
 
 def _empty(texts: pa.ChunkedArray) -> int:
