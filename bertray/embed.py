@@ -7,6 +7,7 @@ encodes a unit it reads the next and writes the last. Units whose shards are the
 import json
 import os
 import platform
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -76,12 +77,14 @@ def embed(
     sizes: RaySizes,
     label_names: tuple[str, ...] = (),
     finish: Callable[[pa.Table, Any], pa.Table] = with_vectors,
+    ready: Callable[[float], None] = lambda seconds: None,
 ) -> dict[str, Manifest]:
     """Complete the stores of all splits, encoding what is missing, in one pipeline.
 
     Args:
         label_names: what labels have to be; empty takes any.
         finish: from a unit's rows and their vectors to the table that its shard holds.
+        ready: is told after how many seconds the first encoder process was ready, if one was started.
 
     Raises:
         BertrayError: whatever stopped a worker.
@@ -105,7 +108,7 @@ def embed(
             log.info("embedding: %d of %d rows are done already", total - missing, total)
         with Progress("embedding", total, "rows", total - missing) as progress:
             started, tokens = time.monotonic(), 0
-            for name, receipt in _receipts(todo, job, sizes):
+            for name, receipt in _receipts(todo, job, sizes, ready):
                 done[name][receipt.unit] = receipt
                 tokens += receipt.tokens
                 speed = tokens / (time.monotonic() - started)
@@ -132,7 +135,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
 
-def _receipts(todo: list[tuple[str, Unit]], job: Job, sizes: RaySizes) -> Iterator[tuple[str, Receipt]]:
+def _receipts(
+    todo: list[tuple[str, Unit]], job: Job, sizes: RaySizes, ready: Callable[[float], None]
+) -> Iterator[tuple[str, Receipt]]:
     import logging
 
     import ray.data
@@ -140,6 +145,7 @@ def _receipts(todo: list[tuple[str, Unit]], job: Job, sizes: RaySizes) -> Iterat
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    started, first = time.time(), True
     workers = plan_workers(sizes, len(todo))
     log.info(
         "embedding: %d units on %d %s worker(s) of %d thread(s)",
@@ -168,25 +174,30 @@ def _receipts(todo: list[tuple[str, Unit]], job: Job, sizes: RaySizes) -> Iterat
             for row in batch.to_pylist():
                 if row["error"]:
                     raise ERRORS[row["error"]](row["value"])
+                if first:
+                    ready(max(0.0, row["ready"] - started))  # another node's clock may differ
+                    first = False
                 yield row["split"], Receipt(**json.loads(row["value"]))
 
 
 class UnitEncoder:
     """The actor: a unit in, its shard written, a receipt out. What a user can mend comes back as a value.
 
-    Calls run beside each other. Each reads and encodes in a thread that all calls share, so that files are read
-    forwards and only one unit is encoded at a time, and writes in its own.
+    Calls run beside each other. Each reads in a thread that all share, so that files are read forwards; the encoder
+    lets one encode while others tokenize; each writes in its own.
     """
 
     def __init__(self, job: Job, device: str, threads: int) -> None:
         self.job = job
         self._readers = {split: Reader(columns) for split, columns in job.columns.items()}
-        self._reading, self._encoding = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._reading = ThreadPoolExecutor(1)
         try:
             # Before torch loads its threads' library: a thread that has done its part sleeps soon. Threads that spin
             # for others take the processor from them where there are more threads than processors.
             if "OMP_WAIT_POLICY" not in os.environ:
                 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+            for name in ("scipy", "sklearn", "PIL"):  # transformers imports them where they are installed
+                sys.modules.setdefault(name, None)  # type: ignore[arg-type]
             from bertray.encoder import Encoder
 
             checkpoint = checkpoints.find(job.checkpoint, job.revision)
@@ -200,23 +211,25 @@ class UnitEncoder:
             known = isinstance(error, BertrayError)
             line = f"An encoder process on {platform.node()} cannot start: {type(error).__name__}: {error}"
             self.failure = error if known else BertrayError(" ".join(line.split()))
+        self.ready = time.time()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self._answer(**item) for item in batch.to_pylist()])
 
-    def _answer(self, split: str, **unit: Any) -> dict[str, str]:
+    def _answer(self, split: str, **unit: Any) -> dict[str, Any]:
         try:
             if self.failure:
                 raise self.failure
             receipt = self._encode(split, Unit(**unit))
-            return {"split": split, "value": json.dumps(asdict(receipt)), "error": ""}
+            return {"split": split, "value": json.dumps(asdict(receipt)), "error": "", "ready": self.ready}
         except BertrayError as error:
-            return {"split": split, "value": str(error), "error": type(error).__name__}
+            return {"split": split, "value": str(error), "error": type(error).__name__, "ready": self.ready}
         except OSError as error:  # a full disk, a store out of reach
             line = f"{self.job.stores[split].url} cannot be written on {platform.node()}: {error}"
-            return {"split": split, "value": " ".join(line.split()), "error": "StoreError"}
+            return {"split": split, "value": " ".join(line.split()), "error": "StoreError", "ready": self.ready}
 
     def _encode(self, split: str, unit: Unit) -> Receipt:
+        started = time.perf_counter()
         columns, names = self.job.columns[split], self.job.label_names
         batch = self._reading.submit(self._readers[split].read, unit).result()
         counts = Counter(batch.rows["label"].to_pylist()) if columns.label else Counter()
@@ -224,7 +237,7 @@ class UnitEncoder:
             labels.check(counts, names, unit.url)
         texts = batch.rows["text"].to_pylist()
         pairs = batch.rows["text_pair"].to_pylist() if columns.text_pair else None
-        encoded, seconds = self._encoding.submit(_timed, self.encoder.encode, texts, pairs).result()
+        encoded = self.encoder.encode(texts, pairs)
         receipt = Receipt(
             unit.key,
             len(texts),
@@ -232,17 +245,11 @@ class UnitEncoder:
             _empty(batch.rows["text"]),
             int(encoded.truncated.sum()),
             int(encoded.tokens.sum()),
-            round(seconds, 4),
+            round(time.perf_counter() - started, 4),
             dict(counts),
         )
         self.job.stores[split].write_shard(receipt, self.job.finish(batch.rows, encoded.vectors), batch.rejects)
         return receipt
-
-
-def _timed(action: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    """What it gives, and how many seconds it took."""
-    started = time.perf_counter()
-    return action(*arguments), time.perf_counter() - started
 
 
 def _empty(texts: pa.ChunkedArray) -> int:

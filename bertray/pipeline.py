@@ -135,7 +135,9 @@ class _Run:
     # --- steps --------------------------------------------------------------------------------------------
 
     def embed(self, fits: bool) -> None:
-        """Complete the stores; `fits` tells whether a head will be fitted afterwards."""
+        """Complete the stores; `fits` tells whether a head will be fitted afterwards. Until the first encoder process
+        is ready, the time is that of the step `start`."""
+        started = time.perf_counter()
         open_splits = []
         for split in self.splits:
             manifest = split.store.manifest()
@@ -151,7 +153,16 @@ class _Run:
         self._imports = _Imports("ray.data", *(("torch", "ray.train.torch") if fits else ()))
         self._join_ray()
         self._imports.wait("ray.data")
-        self.manifests |= embed(open_splits, self.spec.encoder, self.checkpoint, self.spec.ray, self.label_names)
+        joined = time.perf_counter() - started
+
+        def ready(seconds: float) -> None:
+            self.seconds["start"] = round(joined + seconds, 3)
+
+        self.manifests |= embed(
+            open_splits, self.spec.encoder, self.checkpoint, self.spec.ray, self.label_names, ready=ready
+        )
+        start = self.seconds.get("start", 0.0)
+        self.seconds["embed"] = round(time.perf_counter() - started - start, 3)
 
     def fit(self) -> Bundle:
         from bertray.fit import RECIPE, fit
@@ -217,7 +228,7 @@ class _Run:
         path.delete()  # while predictions and report change, they are nobody's
         for name in ("train", "test"):
             (self.folder / "predictions" / f"{name}.parquet").delete()
-        before = {step: s for step, s in self.saved.get("seconds", {}).items() if step in ("embed", "fit")}
+        before = {step: s for step, s in self.saved.get("seconds", {}).items() if step in ("start", "embed", "fit")}
         self.seconds = {**before, **{step: s for step, s in self.seconds.items() if s}}
         names, classes = self._classes()
         evaluations: dict[str, Evaluation] = self._timed(

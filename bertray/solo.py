@@ -52,6 +52,7 @@ def _node(environments: bool) -> type:
     ports = [getattr(raylet, name) for name in _PORTS]
     if not environments:
         ports.append(raylet.RUNTIME_ENV_AGENT_PORT_NAME)
+    start = services.start_ray_process
     command = services._build_python_executable_command_memory_profileable
     left_out = {ray_constants.PROCESS_TYPE_DASHBOARD_AGENT}
     if not environments:
@@ -59,6 +60,11 @@ def _node(environments: bool) -> type:
 
     def agent(component: str, *arguments: Any, **options: Any) -> list[str]:
         return _NOTHING if component in left_out else command(component, *arguments, **options)
+
+    def without_prestart(command: list[str], *arguments: Any, **options: Any) -> Any:
+        """Processes for tasks, which a job of actors does not have."""
+        kept = [part for part in command if not part.startswith("--num_prestart_python_workers")]
+        return start(kept, *arguments, **options)
 
     class Node(node.Node):
         def __init__(self, ray_params: Any, head: bool = False, **options: Any) -> None:
@@ -82,7 +88,10 @@ def _node(environments: bool) -> type:
             # Ray imports the agent's libraries here, to see whether it could run: None stops that.
             sys.modules.setdefault(_AGENTS_LIBRARIES, None)  # type: ignore[arg-type]
             try:
-                with patch.object(services, "_build_python_executable_command_memory_profileable", agent):
+                with (
+                    patch.object(services, "_build_python_executable_command_memory_profileable", agent),
+                    patch.object(services, "start_ray_process", without_prestart),
+                ):
                     super().start_raylet(*arguments, **options)
             finally:
                 if sys.modules[_AGENTS_LIBRARIES] is None:

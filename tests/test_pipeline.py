@@ -22,7 +22,7 @@ def test_the_demo_is_good_and_leaves_what_it_should(demo):
     assert json.loads((folder / "metrics.json").read_text()) == demo
     for split in demo["metrics"].values():
         assert set(split) == {"accuracy", "macro_f1", "loss", "rows"}
-    assert set(demo["seconds"]) == {"prepare", "embed", "fit", "evaluate", "report", "total"}
+    assert set(demo["seconds"]) == {"prepare", "start", "embed", "fit", "evaluate", "report", "total"}
     assert {path.name for path in folder.iterdir()} == {
         "metrics.json", "report.html", "head", "stores", "predictions", "rows",
     }  # fmt: skip
