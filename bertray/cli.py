@@ -145,6 +145,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
             if rows[count]
         ]
         print(f"{name:<9} {rows['rows']:,} rows, {rows['tokens']:,} tokens{''.join(', ' + note for note in notes)}")
+    print(f"{'encoder':<9} {', '.join(summary['encoder']['backends'])}")
     for name, metrics in summary.get("metrics", {}).items():
         print(
             f"{name:<9} accuracy {metrics['accuracy']:.4f}, macro F1 {metrics['macro_f1']:.4f}, "

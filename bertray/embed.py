@@ -29,7 +29,7 @@ from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import RaySizes, fingerprint
 from bertray.store import Manifest, Receipt, Store, with_vectors
 
-RECIPE = 1  # raised when a change of code gives other vectors for the same settings
+RECIPE = 2  # raised when a change of code gives other vectors for the same settings
 _UNITS_AT_ONCE = 3  # in an actor: one is read, one encoded, one written
 
 
@@ -247,6 +247,7 @@ class UnitEncoder:
             int(encoded.tokens.sum()),
             round(time.perf_counter() - started, 4),
             dict(counts),
+            self.encoder.backend.name,
         )
         self.job.stores[split].write_shard(receipt, self.job.finish(batch.rows, encoded.vectors), batch.rejects)
         return receipt

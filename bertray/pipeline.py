@@ -150,7 +150,8 @@ class _Run:
             self.seconds["embed"] = 0.0
             return
         self._imports.wait()
-        self._imports = _Imports("ray.data", *(("torch", "ray.train.torch") if fits else ()))
+        later = ("torch", "ray.train.torch", "matplotlib.figure", "matplotlib.backends.backend_svg")
+        self._imports = _Imports("ray.data", *(later if fits else ()))
         self._join_ray()
         self._imports.wait("ray.data")
         joined = time.perf_counter() - started
@@ -287,11 +288,16 @@ class _Run:
         return {
             **self._places(),
             "task": self.spec.task,
-            "encoder": self.spec.encoder.model_dump(),
+            "encoder": {**self.spec.encoder.model_dump(), "backends": self._backends()},
             "rows": rows,
             "seconds": self.seconds,
             **more,
         }
+
+    def _backends(self) -> list[str]:
+        """What ran the encoder's layers, on all nodes."""
+        units = [unit for manifest in self.manifests.values() for unit in manifest.units]
+        return sorted({unit.backend for unit in units if unit.backend})
 
     def _places(self) -> dict[str, str]:
         places = {"output": self.folder, "report": self.folder / "report.html", "bundle": self.folder / "head"}

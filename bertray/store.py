@@ -22,7 +22,7 @@ _RECEIPT = b"bertray.receipt"
 
 @dataclass(frozen=True)
 class Receipt:
-    """What became of one unit."""
+    """What became of one unit, and what ran the encoder's layers."""
 
     unit: str
     rows: int
@@ -32,6 +32,7 @@ class Receipt:
     tokens: int
     seconds: float
     labels: dict[str, int] = field(default_factory=dict)
+    backend: str = ""
 
 
 @dataclass(frozen=True)
