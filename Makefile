@@ -32,6 +32,8 @@ check: $(VENV)/test.stamp
 
 bench: $(VENV)/bench.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.engine --device cpu --write
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.job --write
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.scale --write
 
 $(VENV)/torch.stamp: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bertray needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
