@@ -65,7 +65,7 @@ class Encoder:
         self._name, self._stored = checkpoint.name, stored_dtype(spec.precision)
         self._vocabulary = int(model.config.vocab_size)
         self._typed = getattr(model.config, "type_vocab_size", 0) > 1
-        self._encoding = Lock()
+        self._beginning = Lock()
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Encoded:
         """Vectors of texts, or of pairs, in their order.
@@ -79,14 +79,13 @@ class Encoder:
         waiting: Callable[[], None] | None = None
         for span, tokens in self._tokenized(texts, pairs):
             lengths[span], truncated[span] = tokens.lengths, tokens.truncated
-            with self._encoding:
+            with self._beginning:
                 begun = self._begin(tokens, vectors[span])
-                if waiting:
-                    waiting()
+            if waiting:
+                waiting()
             waiting = begun
         if waiting:
-            with self._encoding:
-                waiting()
+            waiting()
         return Encoded(vectors, lengths, truncated)
 
     def _tokenized(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Iterator[tuple[slice, Tokens]]:
