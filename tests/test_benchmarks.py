@@ -127,3 +127,31 @@ def test_lengths_of_texts_are_as_said(minilm):
     mixed = tokenizer(texts.corpus("mixed", 400, minilm.folder)).lengths
     assert mixed.min() < 10
     assert mixed.max() > 300
+
+
+@pytest.mark.timeout(300)
+def test_a_whole_job_beside_the_notebooks_loop():
+    command = "-m benchmarks.job --rows 64 --many 64 --rounds 1"
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=290)
+    assert done.returncode == 0, done.stderr
+    assert "| the notebook's loop, ten times one epoch |" in done.stdout
+    seconds = [float(found) for found in re.findall(r"\| (\d+\.\d) \(", done.stdout)]
+    assert len(seconds) == 3
+    assert seconds[2] < seconds[1]  # what is without start-up is quicker
+    rates = [int(found) for found in re.findall(r"\| (\d+) \(", done.stdout)]
+    assert len(rates) == 2
+    assert min(rates) > 10
+
+
+@pytest.mark.timeout(240)
+def test_scale_tells_memory_and_rates():
+    command = "-m benchmarks.scale --sizes 1000 4000 --of 1000 --workers 2"
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=230)
+    assert done.returncode == 0, done.stderr
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    sizes = {row[0]: row for row in cells if row[0] in ("1,000", "4,000")}
+    assert set(sizes) == {"1,000", "4,000"}
+    for row in sizes.values():
+        assert 50 < int(row[3]) < 1000
+        assert abs(int(row[4])) < 50
+    assert any(row[0] == "2" for row in cells)
