@@ -185,7 +185,7 @@ class _Run:
             log.info("fitting: done already")
             self.seconds["fit"] = 0.0
             return done
-        self._imports.wait()
+        self._imports.wait("torch", "ray.train.torch")
         if self.spec.ray.fit_workers:
             self._join_ray()
         fitted = fit(self._store("train"), classes, len(names), self.spec.head, self.spec.ray)
@@ -306,6 +306,7 @@ class _Run:
     def _report(self, summary: dict[str, Any], evaluations: Mapping[str, Evaluation], bundle: Bundle) -> None:
         from bertray.report import html
 
+        self._imports.wait()
         spec = yaml.safe_dump(self.spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         page = html(
             self.folder.url.rstrip("/").rpartition("/")[2],
@@ -346,9 +347,10 @@ class _Imports:
             done.set()
 
     def wait(self, *names: str) -> None:
-        """Until these, or all, are imported."""
-        for name in names or self._done:
-            self._done[name].wait()
+        """Until those of these, or of all, that are on the way are imported."""
+        for name, done in self._done.items():
+            if not names or name in names:
+                done.wait()
 
 
 @contextmanager
