@@ -22,11 +22,11 @@ from bertray.errors import CheckpointError
 from bertray.progress import log
 from bertray.tokens import Tokens
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Tokens that go through the encoder at once: enough to fill the device, little enough to stay in its caches.
 _BUDGETS = {"cpu": 4096, "cuda": 65_536}
 # Texts that are sorted and packed together.
-_BLOCKS = {"cpu": 8192, "cuda": 32_768}
+_BLOCKS = {"cpu": native.BLOCK, "cuda": 32_768}
 _ATTENTION = "bertray_varlen"
 _FIDELITY = 0.999  # least cosine to fp32 that `auto` takes
 _SAME = 0.9  # a lower one is no matter of precision: the backend does not fit the model
@@ -102,9 +102,10 @@ def _build(model: Any, precision: str, pooling: str, device: str, threads: int) 
     reason = "it is for CPUs" if device != "cpu" else native.why_not(model)
     if precision in native.PRECISIONS and not reason:
         return native.NativeBackend(model, precision, pooling, threads)
-    if precision not in DTYPES:
+    if precision not in _DTYPES:
         raise CheckpointError(f"encoder.precision {precision} cannot be had here: {reason}. Set it to auto.")
-    model = copy.deepcopy(model).to(device, DTYPES[precision])
+    if (device, precision) != ("cpu", "fp32"):  # as it came; other candidates may need it like that
+        model = copy.deepcopy(model).to(device, _DTYPES[precision])
     if device == "cuda" and not (reason := _why_not_varlen(model)):
         return VarlenBackend(model, precision, pooling, device)
     if device == "cuda":
@@ -212,8 +213,7 @@ class VarlenBackend(TorchBackend):
         super().__init__(model, precision, pooling, device)
         self.name += ", packed"
         model.set_attn_implementation(_registered_attention())
-        padding = getattr(getattr(model.embeddings, "position_embeddings", None), "padding_idx", None)
-        self._first_position = 0 if padding is None else padding + 1  # RoBERTa's kin count from behind it
+        self._first_position = native.first_position(model)
 
     def _pack(self, ids: torch.Tensor, types: torch.Tensor, offsets: NDArray[np.int64]) -> torch.Tensor:
         """Vectors [n, width] of texts sorted by falling length."""

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from bertray import backends
 from bertray.checkpoints import Checkpoint
 from bertray.errors import CheckpointError
+from bertray.native import first_position
 from bertray.spec import Encoder as EncoderSpec
 from bertray.tokens import Tokenizer, Tokens
 
@@ -152,10 +153,7 @@ def _load(checkpoint: Checkpoint, spec: EncoderSpec) -> Any:
     if spec.pooling == "pooler" and (pooler or getattr(model, "pooler", None) is None):
         raise CheckpointError(f"{checkpoint.name} has no trained pooler. Set encoder.pooling to mean, cls or max.")
     limit = getattr(model.config, "max_position_embeddings", spec.max_length)
-    # RoBERTa's kin number positions from padding_idx + 1 on, so their table has rows that no token can use.
-    embeddings = getattr(model, "embeddings", None)
-    unused = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
-    limit -= 0 if unused is None else unused + 1
+    limit -= first_position(model)
     if spec.max_length > limit:
         raise CheckpointError(
             f"encoder.max_length must be at most {limit} for {checkpoint.name}. Got {spec.max_length} instead."

@@ -33,7 +33,7 @@ _COLUMNS = 32
 # that comes from the third often.
 _SLAB = 448
 _LEAST_SLAB = 56  # fewer are not worth a thread
-_BLOCK = 8192  # texts that are sorted and packed together
+BLOCK = 8192  # texts that are sorted and packed together
 _CPU_FLAGS = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma"}
 _COMPILER_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-O3", "-std=gnu11")
 _BUILD_SECONDS = 120
@@ -93,6 +93,14 @@ def why_not(model: Any) -> str:
     if config.hidden_size // config.num_attention_heads % 16:
         return "the width of its heads is no multiple of 16"
     return _library()[1]
+
+
+def first_position(model: Any) -> int:
+    """The row of a loaded model's position table that a text's first token takes: RoBERTa's kin number positions from
+    padding_idx + 1 on, so their table has rows that no token can use."""
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return 0 if padding is None else int(padding) + 1
 
 
 @cache
@@ -158,7 +166,7 @@ class NativeBackend:
         """Copy a loaded model (float32, see `why_not`) into the layout and precision that native.c takes."""
         self.name = f"{precision} by bertray's kernels for AVX-512 VNNI"
         self.precision = precision
-        self.block = _BLOCK
+        self.block = BLOCK
         self.width = int(model.config.hidden_size)
         self._pooling = _POOLINGS[pooling]
         self._library = _library()[0]
@@ -206,7 +214,6 @@ class NativeBackend:
 
     def _laid_out(self, model: Any, pooling: str) -> _Model:
         config, embeddings = model.config, model.embeddings
-        padding = getattr(embeddings.position_embeddings, "padding_idx", None)  # RoBERTa's kin count from behind it
         return _Model(
             PRECISIONS.index(self.precision),
             _ACTIVATIONS[config.hidden_act],
@@ -214,7 +221,7 @@ class NativeBackend:
             self.width,
             config.num_attention_heads,
             config.intermediate_size,
-            0 if padding is None else padding + 1,
+            first_position(model),
             config.layer_norm_eps,
             self._floats(embeddings.word_embeddings.weight),
             self._floats(embeddings.position_embeddings.weight),
