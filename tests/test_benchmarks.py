@@ -135,10 +135,10 @@ def test_a_whole_job_beside_the_notebooks_loop():
     done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=290)
     assert done.returncode == 0, done.stderr
     assert "| the notebook's loop, ten times one epoch |" in done.stdout
-    seconds = [float(found) for found in re.findall(r"\| (\d+\.\d) \(", done.stdout)]
+    seconds = [float(found) for found in re.findall(r"\|\s*(\d+\.\d) \(", done.stdout)]
     assert len(seconds) == 3
     assert seconds[2] < seconds[1]  # what is without start-up is quicker
-    rates = [int(found) for found in re.findall(r"\| (\d+) \(", done.stdout)]
+    rates = [int(found) for found in re.findall(r"\|\s*(\d+) \(", done.stdout)]
     assert len(rates) == 2
     assert min(rates) > 10
 
