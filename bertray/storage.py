@@ -1,16 +1,23 @@
 """One view of local disk and object stores, by URL. Knows nothing of what the files hold.
 
-A write is whole or not at all: local files are renamed into place, objects appear when their upload ends.
+A write is whole or not at all: local files are renamed into place, objects appear when their upload ends. What fails
+for a while (a server that answers 500, a connection that breaks) is tried again.
 """
 
+import errno
 import os
+import random
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs as pafs
@@ -18,17 +25,33 @@ from pyarrow import fs as pafs
 from bertray.errors import BertrayError
 from bertray.progress import log
 
+T = TypeVar("T")
+
 _WILD = re.compile(r"[*?\[]")
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
+_PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between attempts
+# Of local disks, only what passes; of stores, all but what will be the same the next time.
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR, errno.EAGAIN, errno.EBUSY}
+_LASTING = re.compile(r"ACCESS_DENIED|NO_SUCH|NoSuch|InvalidAccessKey|SIGNATURE|credentials|not.exist", re.I)
+
+_retried: list[str] = []  # appending is safe among threads
+
+
+def retries() -> int:
+    """How often this process has tried something in storage again so far."""
+    return len(_retried)
 
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A file as a listing shows it. `stamp` changes when the content does (size and time of change)."""
+    """A file as a listing shows it. `stamp` changes when the content does (size and time of change); `changed` is when
+    that was, in seconds since 1970."""
 
     url: str
     name: str
     size: int
     stamp: str
+    changed: float
 
 
 @dataclass(frozen=True)
@@ -67,55 +90,107 @@ class Location:
     def local(self) -> bool:
         return isinstance(self.fs, pafs.LocalFileSystem)
 
+    def patiently(self, action: Callable[[], T]) -> T:
+        """What an action on this location gives; tried again for some 15 seconds if it fails in a way that passes."""
+        for pause in _PAUSES:
+            try:
+                return action()
+            except Exception as error:
+                if not self._passes(error):
+                    raise
+                log.debug("%s: %s; trying again in %g s", self.url, error, pause)
+            _retried.append(self.url)
+            time.sleep(pause * random.uniform(0.5, 1.5))  # not all workers at once
+        return action()
+
+    def _passes(self, error: BaseException) -> bool:
+        """Whether an error may be gone the next time."""
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError):
+            return False
+        return cause.errno in _PASSING if self.local else not _LASTING.search(str(cause))
+
     @property
     def kind(self) -> pafs.FileType:
-        return self.fs.get_file_info(self.path).type
+        return self.patiently(lambda: self.fs.get_file_info(self.path)).type
 
     def exists(self) -> bool:
         return self.kind != pafs.FileType.NotFound
 
     def open(self, compression: str | None = None) -> Any:
         """A stream to read from; compression None leaves the bytes as they are."""
-        return self.fs.open_input_stream(self.path, compression=compression)
+        return self.patiently(lambda: self.fs.open_input_stream(self.path, compression=compression))
 
     def open_random(self) -> Any:
-        return self.fs.open_input_file(self.path)
+        return self.patiently(lambda: self.fs.open_input_file(self.path))
 
     def read(self) -> bytes:
-        with self.open() as stream:
-            return bytes(stream.read())
+        def whole() -> bytes:
+            with self.fs.open_input_stream(self.path, compression=None) as stream:
+                return bytes(stream.read())
+
+        return self.patiently(whole)
 
     @contextmanager
-    def create(self) -> Iterator[Any]:
-        """A stream to write to, for what is too large to `write` at once; a local file shows when it is whole."""
+    def create(self, sync: bool = True) -> Iterator[Any]:
+        """A stream to write to, for what is too large to `write` at once. The file shows when it is whole.
+
+        Args:
+            sync: whether the content has to outlive a machine that loses power.
+        """
         if not self.local:
-            with self.fs.open_output_stream(self.path) as stream:
-                yield stream
+            # Aside first: leaving a stream to a store early would leave what is written so far as an object.
+            with tempfile.TemporaryFile(prefix="bertray-") as aside:
+                yield aside
+                self.patiently(lambda: self._upload(aside))
             return
         target = Path(self.path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}")
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
         try:
-            with self.fs.open_output_stream(str(partial)) as stream:
+            with self.fs.open_output_stream(str(partial), compression=None) as stream:
                 yield stream
-            with partial.open("rb") as written:
-                os.fsync(written.fileno())
+            if sync:
+                with partial.open("rb") as written:
+                    os.fsync(written.fileno())
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
 
-    def write(self, data: bytes | pa.Buffer) -> None:
+    def _upload(self, aside: Any) -> None:
+        aside.seek(0)
+        with self.fs.open_output_stream(self.path, compression=None) as stream:
+            shutil.copyfileobj(aside, stream, 8 << 20)
+
+    def write(self, data: bytes | pa.Buffer, sync: bool = True) -> None:
         """Write a file whole or not at all, with the folders above it."""
-        with self.create() as stream:
-            stream.write(data)
+
+        def whole() -> None:
+            if self.local:
+                with self.create(sync) as stream:
+                    stream.write(data)
+            else:
+                with self.fs.open_output_stream(self.path, compression=None) as stream:
+                    stream.write(data)
+
+        self.patiently(whole)
 
     def delete(self) -> None:
         """Remove the file or folder, if it is there."""
         kind = self.kind
         if kind == pafs.FileType.Directory:
-            self.fs.delete_dir(self.path)
+            self.patiently(lambda: self.fs.delete_dir(self.path))
         elif kind == pafs.FileType.File:
-            self.fs.delete_file(self.path)
+            with suppress(FileNotFoundError):  # somebody else was quicker
+                self.patiently(lambda: self.fs.delete_file(self.path))
+
+    def sweep(self) -> None:
+        """Remove what writes that were killed have left in this folder."""
+        if self.local:  # unfinished uploads to a store are not objects
+            with suppress(FileNotFoundError), os.scandir(self.path) as entries:
+                for entry in entries:
+                    if _PARTIAL.fullmatch(entry.name):
+                        Path(entry.path).unlink(missing_ok=True)
 
     def files(self) -> list[FileInfo]:
         """All files below this folder, sorted by name; hidden ones (a step that begins with . or _) left out.
@@ -124,7 +199,7 @@ class Location:
         """
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
         found = []
-        for info in self.fs.get_file_info(selector):
+        for info in self.patiently(lambda: self.fs.get_file_info(selector)):
             name = os.path.relpath(info.path, self.path)
             if info.type == pafs.FileType.File and not any(step[0] in "._" for step in name.split("/")):
                 found.append(self._info(info, name))
@@ -134,7 +209,8 @@ class Location:
         """The files that this location names: itself, all below it, or those that fit its wildcards."""
         kind = self.kind
         if kind == pafs.FileType.File:
-            return [self._info(self.fs.get_file_info(self.path), self.path.rsplit("/", 1)[-1])]
+            info = self.patiently(lambda: self.fs.get_file_info(self.path))
+            return [self._info(info, self.path.rsplit("/", 1)[-1])]
         if kind == pafs.FileType.Directory or not _WILD.search(self.url):
             return self.files()
         base = _WILD.split(self.url)[0].rpartition("/")[0] + "/"
@@ -143,7 +219,7 @@ class Location:
 
     def _info(self, info: pafs.FileInfo, name: str) -> FileInfo:
         url = self.url if info.path == self.path else (self / name).url
-        return FileInfo(url, name, info.size, f"{info.size}-{info.mtime_ns}")
+        return FileInfo(url, name, info.size, f"{info.size}-{info.mtime_ns}", (info.mtime_ns or 0) / 1e9)
 
 
 def output_folder(output: str) -> Location:
