@@ -3,10 +3,14 @@
 A manifest's presence means that the store is complete. Knows nothing of how vectors are made.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,14 +19,22 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from bertray.errors import StoreError
-from bertray.storage import Location
+from bertray.storage import FileInfo, Location
 
-_RECEIPT = b"bertray.receipt"
+_RECEIPT, _CHECKSUM = b"bertray.receipt", b"bertray.checksum"
+_THREADS = 16  # that wait for storage at once
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """What became of one unit, and what ran the encoder's layers."""
+    """What became of one unit.
+
+    tokens: that were encoded; seconds: from when it was read to when it was encoded.
+    labels: how many rows have each label; backend: what ran the encoder's layers.
+    windowed: rows that were encoded in several windows.
+    lost: how often the unit was begun and not finished, since a process ended; retries: of storage, meanwhile.
+    checksum: SHA-256 of the shard.
+    """
 
     unit: str
     rows: int
@@ -33,6 +45,30 @@ class Receipt:
     seconds: float
     labels: dict[str, int] = field(default_factory=dict)
     backend: str = ""
+    windowed: int = 0
+    lost: int = 0
+    retries: int = 0
+    checksum: str = ""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A unit that is being encoded, or was when its process ended.
+
+    run: which run's it is; number: how often that run has begun the unit; lost: how often it was begun in vain in all.
+    node: Ray's id of the node; since: seconds since 1970.
+    """
+
+    run: str
+    number: int = 1
+    lost: int = 0
+    node: str = ""
+    host: str = field(default_factory=platform.node)
+    pid: int = field(default_factory=os.getpid)
+    since: float = field(default_factory=time.time)
+
+
+COUNTS = ("rows", "rejected", "empty", "truncated", "windowed", "tokens")
 
 
 @dataclass(frozen=True)
@@ -50,7 +86,7 @@ class Manifest:
     @property
     def counts(self) -> dict[str, int]:
         """What became of all rows, for summaries."""
-        return {name: self.total(name) for name in ("rows", "rejected", "empty", "truncated", "tokens")}
+        return {name: self.total(name) for name in COUNTS}
 
     @property
     def labels(self) -> dict[str, int]:
@@ -66,7 +102,9 @@ class Manifest:
 class Store:
     """A folder of shards:
 
-    manifest.json
+    plan.json             what the store is to hold, and what makes it; written first
+    manifest.json         a receipt for each unit; written last
+    running/UNIT.json     an attempt at a unit, while it lasts
     shards/UNIT.parquet   id, text, text_pair (for pairs), label, vector (fixed size list of float16 or float32);
                           predictions have label, score and probabilities in place of label and vector
     rejects/UNIT.jsonl    id, reason, preview of rows set aside, where there are any
@@ -81,31 +119,101 @@ class Store:
     def shard(self, unit: str) -> Location:
         return self.location / "shards" / f"{unit}.parquet"
 
-    def write_shard(self, receipt: Receipt, table: pa.Table, rejects: pa.Table) -> None:
+    def write_shard(self, receipt: Receipt, table: pa.Table, rejects: pa.Table) -> Receipt:
         """Write what a unit gave: rejects first, then the shard, whose presence means that the unit is done."""
-        if rejects.num_rows:
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rejects.to_pylist()]
-            (self.location / "rejects" / f"{receipt.unit}.jsonl").write("".join(lines).encode())
-        table = table.replace_schema_metadata({_RECEIPT: json.dumps(asdict(receipt)).encode()})
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rejects.to_pylist()]
+        if lines:
+            self._rejects(receipt.unit).write("".join(lines).encode())
         sink = pa.BufferOutputStream()
-        texts = [name for name in table.column_names if name != "vector"]
-        codecs = dict.fromkeys(texts, "zstd") | {"vector.list.element": "none"}  # vectors do not compress
-        pq.write_table(table, sink, compression=codecs, use_dictionary=["label"], write_statistics=False)
-        self.shard(receipt.unit).write(sink.getvalue())
+        codecs = {name: "none" if name == "vector" else "zstd" for name in table.column_names}
+        codecs |= {"vector.list.element": "none"}  # vectors do not compress
+        with pq.ParquetWriter(
+            sink,
+            table.schema,
+            compression=codecs,
+            use_dictionary=["label"],
+            write_statistics=False,
+            write_page_checksum=True,
+        ) as writer:
+            writer.write_table(table)
+            writer.add_key_value_metadata({_RECEIPT: json.dumps(asdict(receipt)), _CHECKSUM: _UNSEALED})
+        data, checksum = _sealed(sink.getvalue())
+        self.shard(receipt.unit).write(data)
+        return replace(receipt, checksum=checksum)
 
     def done(self, units: Sequence[str]) -> dict[str, Receipt]:
         """The receipts of those units whose shards are there."""
         present = {file.name.removesuffix(".parquet") for file in (self.location / "shards").files()}
-        with ThreadPoolExecutor(8) as pool:
+        with ThreadPoolExecutor(_THREADS) as pool:
             receipts = pool.map(self._receipt, [unit for unit in units if unit in present])
         return {receipt.unit: receipt for receipt in receipts if receipt}
 
     def _receipt(self, unit: str) -> Receipt | None:
+        shard = self.shard(unit)
         try:
-            metadata = pq.read_metadata(self.shard(unit).open_random()).metadata
-            return Receipt(**json.loads(metadata[_RECEIPT]))
+            return _receipt_in(shard.patiently(lambda: pq.read_metadata(shard.open_random())))
         except (pa.ArrowException, OSError, KeyError, ValueError, TypeError):
             return None  # not whole: as good as missing
+
+    def _rejects(self, unit: str) -> Location:
+        return self.location / "rejects" / f"{unit}.jsonl"
+
+    def rejects(self, unit: str) -> list[dict[str, str]]:
+        """The rows of a unit that were set aside."""
+        lines = self._rejects(unit).read().split(b"\n") if self._rejects(unit).exists() else []
+        return [json.loads(line) for line in lines if line]
+
+    # --- attempts -----------------------------------------------------------------------------------------
+
+    @property
+    def _running(self) -> Location:
+        return self.location / "running"
+
+    def begin(self, unit: str, run: str, node: str = "") -> Attempt:
+        """Note that a unit is begun; what is noted already was begun in vain."""
+        before = self.attempt(unit)
+        lost = before.lost + 1 if before else 0
+        number = before.number + 1 if before and before.run == run else 1
+        attempt = Attempt(run, number, lost, node)
+        self.renew(unit, attempt)
+        return attempt
+
+    def renew(self, unit: str, attempt: Attempt) -> None:
+        """Show that a unit is still worked on."""
+        (self._running / f"{unit}.json").write(json.dumps(asdict(attempt)).encode(), sync=False)
+
+    def attempt(self, unit: str) -> Attempt | None:
+        """The attempt at a unit that is noted."""
+        try:
+            return Attempt(**json.loads((self._running / f"{unit}.json").read()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+
+    def end(self, unit: str) -> None:
+        """The unit is done."""
+        (self._running / f"{unit}.json").delete()
+
+    def attempts(self) -> list[FileInfo]:
+        """The attempts that are noted, named UNIT.json; a stamp changes when one is renewed."""
+        return self._running.files()
+
+    # --- plan and manifest --------------------------------------------------------------------------------
+
+    def write_plan(self, plan: Mapping[str, Any]) -> None:
+        """Write what the store is to hold, unless it is there already, and sweep up after runs that were killed."""
+        if self.plan() != plan:
+            self._manifest.delete()  # it is of another plan
+            (self.location / "plan.json").write(json.dumps(plan).encode())
+        for folder in ("", "shards", "rejects", "running"):
+            (self.location / folder).sweep()
+
+    def plan(self) -> dict[str, Any] | None:
+        """What the store is to hold; None where nothing was begun or it is damaged."""
+        try:
+            plan: dict[str, Any] = json.loads((self.location / "plan.json").read())
+            return plan
+        except (FileNotFoundError, ValueError):
+            return None
 
     @property
     def _manifest(self) -> Location:
@@ -114,6 +222,7 @@ class Store:
     def finish(self, manifest: Manifest) -> None:
         """Write the manifest. Shards of other units (of a file that is gone, of another limit) are left: they may be
         asked for again, and the manifest tells which ones count."""
+        self._running.delete()
         self._manifest.write(json.dumps(asdict(manifest), indent=1).encode())
 
     def prune(self, manifest: Manifest) -> None:
@@ -140,17 +249,21 @@ class Store:
         """The shards in the order of the rows, as tables of those columns."""
         for receipt in self.complete().units:
             shard = self.shard(receipt.unit)
+
+            def read(shard: Location = shard) -> pa.Table:
+                return pq.read_table(shard.open_random(), columns=list(columns), page_checksum_verification=True)
+
             try:
-                table = pq.read_table(shard.open_random(), columns=list(columns))
+                table = shard.patiently(read)
             except (pa.ArrowException, OSError) as error:
                 raise StoreError(
-                    f"{shard} is missing or damaged ({error}). Delete {self._manifest} and the shard: "
-                    "the next run encodes its rows again."
+                    f"{shard} is missing or damaged ({' '.join(str(error).split())}). `bertray verify --repair` on the "
+                    "run's folder encodes its rows again."
                 ) from None
             if table.num_rows != receipt.rows:
                 raise StoreError(
-                    f"{shard} has {table.num_rows} rows, not {receipt.rows}. Delete {self._manifest} "
-                    "and the shard: the next run encodes its rows again."
+                    f"{shard} has {table.num_rows} rows, not {receipt.rows}. `bertray verify --repair` on the run's "
+                    "folder encodes its rows again."
                 )
             yield table
 
@@ -168,6 +281,61 @@ class Store:
         if manifest is None:
             raise StoreError(f"{self.url} is not complete. Run `bertray embed` with its spec first.")
         return manifest
+
+    def check(self, receipt: Receipt) -> pa.Table:
+        """The whole shard of a unit, held against its checksum and its receipt.
+
+        Raises:
+            StoreError: with what is wrong.
+        """
+        try:
+            data = self.shard(receipt.unit).read()
+        except OSError as error:
+            gone = isinstance(error, FileNotFoundError)
+            raise StoreError("its shard is missing" if gone else f"its shard cannot be read: {error}") from None
+        try:
+            table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+            written = _receipt_in(pq.read_metadata(pa.BufferReader(data)))
+        except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
+            raise StoreError(f"its shard is damaged: {' '.join(str(error).split())[:100]}") from None
+        if _checksum(data, written.checksum) != written.checksum:
+            raise StoreError("its shard is damaged: the checksum differs")
+        if written != receipt:
+            raise StoreError("its shard is not the one that the manifest tells of")
+        if table.num_rows != receipt.rows:
+            raise StoreError(f"its shard has {table.num_rows} rows, not {receipt.rows}")
+        if "vector" in table.column_names and not np.isfinite(vectors_of(table)).all():
+            raise StoreError("its shard holds vectors that are not finite")
+        if (aside := len(self.rejects(receipt.unit))) != receipt.rejected:
+            raise StoreError(f"{aside} of its {receipt.rejected} rows that were set aside are told of")
+        return table
+
+
+# A shard's checksum lies in its own footer, whose texts have their lengths before them, and is taken with zeros in its
+# place: so a byte that is flipped anywhere shows, and a unit stays one file.
+_UNSEALED = "0" * 64
+_BEFORE_CHECKSUM = _CHECKSUM + b"\x18\x40"
+
+
+def _sealed(data: pa.Buffer) -> tuple[pa.Buffer, str]:
+    """A shard with its checksum in place of the zeros."""
+    sealed = bytearray(data)
+    checksum = hashlib.sha256(sealed).hexdigest()
+    place = sealed.rindex(_BEFORE_CHECKSUM + _UNSEALED.encode()) + len(_BEFORE_CHECKSUM)
+    sealed[place : place + len(checksum)] = checksum.encode()
+    return pa.py_buffer(sealed), checksum
+
+
+def _checksum(data: bytes, written: str) -> str:
+    """The checksum that a shard should hold, where it holds the one that is written."""
+    before, found, behind = data.rpartition(_BEFORE_CHECKSUM + written.encode())
+    return hashlib.sha256(before + _BEFORE_CHECKSUM + _UNSEALED.encode() + behind if found else data).hexdigest()
+
+
+def _receipt_in(metadata: pq.FileMetaData) -> Receipt:
+    """The receipt that a shard carries, with the shard's checksum."""
+    receipt = json.loads(metadata.metadata[_RECEIPT])
+    return Receipt(**(receipt | {"checksum": metadata.metadata[_CHECKSUM].decode()}))
 
 
 def with_vectors(rows: pa.Table, vectors: NDArray[Any]) -> pa.Table:
