@@ -77,6 +77,28 @@ def demo(tmp_path_factory, ray_cluster):
         return bertray.run("jobs/specs/demo.yaml", overrides=[f"output={tmp_path_factory.mktemp('demo')}"])
 
 
+@pytest.fixture(scope="session")
+def s3():
+    """A real S3 server on loopback, with a bucket `box`."""
+    import socket
+
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    settings = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (settings | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}).items():
+            patch.setenv(name, value)
+        boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).create_bucket(Bucket="box")
+        yield "s3://box"
+    server.stop()
+
+
 @pytest.fixture
 def rows_file(tmp_path):
     """A function that writes rows as JSON Lines and gives the file's path."""

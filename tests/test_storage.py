@@ -75,29 +75,6 @@ def test_file_systems_of_fsspec():
     assert [file.name for file in Location("memory://box/*.txt").match()] == ["rows.txt"]
 
 
-@pytest.fixture(scope="module")
-def s3():
-    """A real S3 server on loopback, with a bucket `box`."""
-    import os
-    import socket
-
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-    server.start()
-    settings = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (settings | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}).items():
-            patch.setenv(name, value)
-        boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).create_bucket(Bucket="box")
-        yield "s3://box"
-    server.stop()
-
-
 def test_s3_reads_writes_lists_and_deletes(s3):
     from bertray.sources import Columns, Reader, units
     from bertray.spec import Source
