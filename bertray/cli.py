@@ -180,7 +180,9 @@ def _predict(options: argparse.Namespace) -> dict[str, Any]:
     source = {"path": options.input, "format": options.format}
     spec = load_spec({"data": {"train": source}}, options.set)
     with connected(spec.ray, alone=True):
-        manifest = predict_files(options.bundle, spec.data.train, options.output, columns, spec.ray)
+        manifest = predict_files(
+            options.bundle, spec.data.train, options.output, columns, spec.ray, spec.data.max_rejects
+        )
     counts = manifest.counts
     if not options.json:
         print(

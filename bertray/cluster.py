@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -142,3 +143,25 @@ def _threads(sizes: RaySizes, device: str, hosts: list[tuple[int, int]], free: i
     else:
         share = min(free, max(cpu for cpu, _ in hosts))
     return max(1, min(_CPUS_PER_WORKER, share))
+
+
+def is_full(workers: Workers) -> bool:
+    """Whether the cluster has no room for another such process now."""
+    import ray
+
+    free = ray.available_resources()
+    return workers.num_cpus > free.get("CPU", 0) or workers.num_gpus > free.get("GPU", 0)
+
+
+def end_process(node: str, pid: int, title: str) -> None:
+    """Kill a process on a node of the cluster, if its title holds that word."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def end() -> None:
+        with open(f"/proc/{pid}/cmdline") as line:
+            if title in line.read():
+                os.kill(pid, signal.SIGKILL)
+
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(end).remote()

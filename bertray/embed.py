@@ -2,35 +2,46 @@
 
 An actor reads its unit, encodes it and writes the shard itself; what travels through Ray is a receipt. While it
 encodes a unit it reads the next and writes the last. Units whose shards are there already are not touched.
+
+What can go wrong: a process that ends is started again by Ray, and its units are begun again, a few times each; one
+that shows no sign of life is ended; a pipeline that fails is begun again with what is missing.
 """
 
 import json
 import os
 import platform
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from queue import Empty, SimpleQueue
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from bertray import checkpoints, labels, solo
 from bertray.checkpoints import Checkpoint
-from bertray.cluster import plan_workers
-from bertray.errors import ERRORS, BertrayError, CheckpointError, SourceError
+from bertray.cluster import Workers, end_process, is_full, plan_workers
+from bertray.errors import ERRORS, BertrayError, CheckpointError, ClusterError, SourceError, StoreError
 from bertray.progress import Progress, log
-from bertray.sources import Columns, Reader, Unit
+from bertray.sources import Batch, Columns, Reader, Unit
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import RaySizes, fingerprint
-from bertray.store import Manifest, Receipt, Store, with_vectors
+from bertray.storage import Location, retries
+from bertray.store import Attempt, Manifest, Receipt, Store, with_vectors
 
-RECIPE = 2  # raised when a change of code gives other vectors for the same settings
+RECIPE = 3  # raised when a change of code gives other vectors for the same settings
 _UNITS_AT_ONCE = 3  # in an actor: one is read, one encoded, one written
+_ATTEMPTS = 5  # at a unit in one run; those before it was begun in vain, since its process ended
+_FAILURES = 3  # of the whole pipeline, one after another without a unit done in between
+_PREVIEW = 80  # characters of a text that is set aside
 
 
 @dataclass(frozen=True)
@@ -55,12 +66,14 @@ class Job:
     label_names: tuple[str, ...]
     columns: dict[str, Columns]
     stores: dict[str, Store]
-    finish: Callable[[pa.Table, Any], pa.Table]
+    finish: Callable[[pa.Table, Any], pa.Table] = with_vectors
+    run: str = ""
+    patience: int = 600
 
 
 def made_by(spec: EncoderSpec, checkpoint: Checkpoint, columns: Columns, source: dict[str, Any]) -> dict[str, Any]:
     """All that makes the vectors of a source what they are. Its fingerprint names the store."""
-    settings = spec.model_dump(include={"pooling", "max_length", "truncation", "precision"})
+    settings = spec.model_dump(include={"pooling", "max_length", "truncation", "overlap", "precision"})
     return {
         "recipe": RECIPE,
         **checkpoint.identity,
@@ -78,6 +91,8 @@ def embed(
     label_names: tuple[str, ...] = (),
     finish: Callable[[pa.Table, Any], pa.Table] = with_vectors,
     ready: Callable[[float], None] = lambda seconds: None,
+    max_rejects: float = 1.0,
+    run: str = "",
 ) -> dict[str, Manifest]:
     """Complete the stores of all splits, encoding what is missing, in one pipeline.
 
@@ -85,12 +100,20 @@ def embed(
         label_names: what labels have to be; empty takes any.
         finish: from a unit's rows and their vectors to the table that its shard holds.
         ready: is told after how many seconds the first encoder process was ready, if one was started.
+        max_rejects: rows of a split that may be set aside: a count, or a share if it is a float.
+        run: tells this run's attempts from those of others.
 
     Raises:
-        BertrayError: whatever stopped a worker.
+        BertrayError: whatever stopped a worker, or too many rows were set aside.
     """
+    for split in splits:
+        split.store.write_plan(plan_of(split, spec, checkpoint, label_names))
     done = {split.name: split.store.done([unit.key for unit in split.units]) for split in splits}
     todo = [(split.name, unit) for split in splits for unit in split.units if unit.key not in done[split.name]]
+    rejects = {split.name: _Rejects(split, max_rejects) for split in splits}
+    for name, receipts in done.items():
+        for receipt in receipts.values():
+            rejects[name].add(receipt)
     if todo:
         job = Job(
             checkpoint.name,
@@ -101,6 +124,8 @@ def embed(
             {split.name: split.columns for split in splits},
             {split.name: split.store for split in splits},
             finish,
+            run,
+            sizes.patience,
         )
         total = sum(unit.stop - unit.start for split in splits for unit in split.units)
         missing = sum(unit.stop - unit.start for _, unit in todo)
@@ -108,12 +133,70 @@ def embed(
             log.info("embedding: %d of %d rows are done already", total - missing, total)
         with Progress("embedding", total, "rows", total - missing) as progress:
             started, tokens = time.monotonic(), 0
-            for name, receipt in _receipts(todo, job, sizes, ready):
+            for name, receipt in _until_done(todo, job, sizes, ready):
                 done[name][receipt.unit] = receipt
                 tokens += receipt.tokens
                 speed = tokens / (time.monotonic() - started)
                 progress.add(receipt.rows + receipt.rejected, f"{speed:.0f} tokens/s")
+                rejects[name].add(receipt)
     return {split.name: _finish(split, done[split.name], checkpoint.name) for split in splits}
+
+
+def plan_of(split: Split, spec: EncoderSpec, checkpoint: Checkpoint, label_names: tuple[str, ...]) -> dict[str, Any]:
+    """What a split's store is to hold, and all that it takes to make it, for JSON."""
+    files: dict[str, dict[str, Any]] = {}
+    for unit in split.units:
+        file = files.setdefault(unit.name, {**asdict(unit), "cuts": []})
+        file["cuts"].append([unit.start, unit.stop])
+    return {
+        "split": split.name,
+        "made_by": split.made_by,
+        "encoder": {**spec.model_dump(), "model": checkpoint.name},
+        "identity": checkpoint.identity,
+        "labels": list(label_names),
+        "columns": asdict(split.columns),
+        "files": [{k: v for k, v in file.items() if k not in ("start", "stop")} for file in files.values()],
+    }
+
+
+def planned(plan: Mapping[str, Any]) -> tuple[Unit, ...]:
+    """The units of a plan, in the order of the rows."""
+    return tuple(
+        Unit(**{k: v for k, v in file.items() if k != "cuts"}, start=start, stop=stop)
+        for file in plan["files"]
+        for start, stop in file["cuts"]
+    )
+
+
+def changed_files(split: Split) -> list[str]:
+    """The files of a split that are not what they were when they were encoded or were to be."""
+    before = split.store.plan()
+    stamps = {file["name"]: file["stamp"] for file in before["files"]} if before else {}
+    return sorted({unit.name for unit in split.units if stamps.get(unit.name, unit.stamp) != unit.stamp})
+
+
+class _Rejects:
+    """Counts the rows of a split that are set aside, up to what is allowed."""
+
+    def __init__(self, split: Split, most: float) -> None:
+        self.split, self.aside = split, 0
+        self.rows = sum(unit.stop - unit.start for unit in split.units)
+        self.most, self.told = most if isinstance(most, int) else most * self.rows, most
+
+    def add(self, receipt: Receipt) -> None:
+        """Count what was set aside of a unit.
+
+        Raises:
+            SourceError: it is too much now.
+        """
+        self.aside += receipt.rejected
+        if receipt.rejected and self.aside > self.most:
+            reject = self.split.store.rejects(receipt.unit)[0]
+            raise SourceError(
+                f"{self.split.name}: {self.aside} of {self.rows} rows are set aside so far, more than data.max_rejects "
+                f"({self.told}) allows; {reject['id']}, for one: {reject['reason']}. See "
+                f"{self.split.store.location / 'rejects'}; mend the rows, or raise data.max_rejects."
+            )
 
 
 def _finish(split: Split, receipts: dict[str, Receipt], encoder: str) -> Manifest:
@@ -135,16 +218,37 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
 
+def _until_done(
+    todo: list[tuple[str, Unit]], job: Job, sizes: RaySizes, ready: Callable[[float], None]
+) -> Iterator[tuple[str, Receipt]]:
+    """Receipts of all units, in as many pipelines as it takes."""
+    from ray.data.exceptions import SystemException
+    from ray.exceptions import RayError
+
+    missing, failures = {(name, unit.key): (name, unit) for name, unit in todo}, 0
+    while missing:
+        before, line = len(missing), "units are missing."
+        try:
+            for name, receipt in _receipts(list(missing.values()), job, sizes, ready):
+                if missing.pop((name, receipt.unit), None):
+                    yield name, receipt
+        except (RayError, SystemException) as error:
+            line = " ".join(str(error).split())[:300]
+        for name, store in job.stores.items():  # some were done while their receipts were on the way
+            for receipt in store.done([key for split, key in missing if split == name]).values():
+                del missing[name, receipt.unit]
+                yield name, receipt
+        failures = 0 if len(missing) < before else failures + 1
+        if failures == _FAILURES:
+            raise ClusterError(f"Embedding has failed {failures} times in a row: {line} The same command goes on.")
+        if missing:
+            log.warning("embedding: going on with what is missing, since Ray says: %s", line)
+
+
 def _receipts(
     todo: list[tuple[str, Unit]], job: Job, sizes: RaySizes, ready: Callable[[float], None]
 ) -> Iterator[tuple[str, Receipt]]:
-    import logging
-
-    import ray.data
-
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    """Receipts of units, in the order they are done, from one pipeline."""
     started, first = time.time(), True
     workers = plan_workers(sizes, len(todo))
     log.info(
@@ -154,6 +258,25 @@ def _receipts(
         workers.device,
         workers.threads,
     )
+    watch = _Watch(job, workers)
+    for row in _aside(_rows(todo, job, workers), watch.look):
+        if first:
+            ready(max(0.0, row["ready"] - started))  # another node's clock may differ
+            first = False
+        watch.heard()
+        yield row["split"], Receipt(**json.loads(row["value"]))
+
+
+def _rows(todo: list[tuple[str, Unit]], job: Job, workers: Workers) -> Iterator[dict[str, Any]]:
+    import logging
+
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = -1  # it takes slow units for hung ones: see _Watch
+    context.max_consecutive_actor_init_deaths = _FAILURES
     items = [{"split": name, **asdict(unit)} for name, unit in todo]
     receipts = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         UnitEncoder,
@@ -174,10 +297,105 @@ def _receipts(
             for row in batch.to_pylist():
                 if row["error"]:
                     raise ERRORS[row["error"]](row["value"])
-                if first:
-                    ready(max(0.0, row["ready"] - started))  # another node's clock may differ
-                    first = False
-                yield row["split"], Receipt(**json.loads(row["value"]))
+                yield row
+
+
+def _aside(items: Iterator[Any], meanwhile: Callable[[], None]) -> Iterator[Any]:
+    """Items as they come from an iterator that runs in a thread, so that the caller can look after other things each
+    second, and Ctrl-C finds a thread that waits for nothing of Ray's."""
+    queue: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
+    stopped = threading.Event()
+
+    def drain() -> None:
+        try:
+            for item in items:
+                queue.put((False, item))
+                if stopped.is_set():
+                    items.close()  # type: ignore[attr-defined]
+                    return
+            queue.put((True, None))
+        except BaseException as error:
+            queue.put((True, error))
+
+    threading.Thread(target=drain, name="bertray-pipeline", daemon=True).start()
+    try:
+        while True:
+            try:
+                ended, item = queue.get(timeout=1)
+            except Empty:
+                meanwhile()
+                continue
+            if ended and item:
+                raise item
+            if ended:
+                return
+            yield item
+            meanwhile()
+    finally:
+        stopped.set()
+
+
+@dataclass
+class _Watch:
+    """Tells encoder processes that hang from those that are slow, by whether they renew their attempts, and ends them:
+    Ray starts them again."""
+
+    job: Job
+    workers: Workers
+    seen: dict[tuple[str, str], tuple[str, float]] = field(default_factory=dict)
+    sign: float = field(default_factory=time.monotonic)
+    looked: float = field(default_factory=time.monotonic)
+    queued: bool = False  # whether other work held what the processes need
+
+    def __post_init__(self) -> None:
+        self.queued = is_full(self.workers)
+
+    def heard(self) -> None:
+        self.sign, self.queued = time.monotonic(), False
+
+    def look(self) -> None:
+        """Look after the processes, now and then.
+
+        Raises:
+            ClusterError: none of them has shown a sign of life.
+        """
+        now = time.monotonic()
+        if now - self.looked < self.job.patience / 4:
+            return
+        self.looked, before = now, self.seen
+        self.seen = {}
+        for split, store in self.job.stores.items():
+            for file in store.attempts():
+                stamp, since = before.get((split, file.name), ("", now))
+                if stamp != file.stamp:
+                    self.sign, since = now, now
+                elif now - since > self.job.patience:
+                    self._end(store.attempt(file.name.removesuffix(".json")))
+                    since = now
+                self.seen[split, file.name] = (file.stamp, since)
+        if now - self.sign > 2 * self.job.patience:
+            self._nothing()
+
+    def _end(self, attempt: Attempt | None) -> None:
+        if attempt and attempt.run == self.job.run:
+            log.warning(
+                "embedding: process %d on %s has shown no sign of life for %d s: it is ended, and begun again",
+                attempt.pid,
+                attempt.host,
+                self.job.patience,
+            )
+            end_process(attempt.node, attempt.pid, UnitEncoder.__name__)
+
+    def _nothing(self) -> None:
+        if self.queued and is_full(self.workers):
+            log.warning("embedding: still waiting: the Ray cluster is busy with other work")
+            self.sign = time.monotonic()
+            return
+        raise ClusterError(
+            f"No encoder process has shown a sign of life for {2 * self.job.patience} s: they hang, die while they "
+            "start (out of memory?), or their nodes are gone. See `ray status` and the logs in /tmp/ray; the same "
+            "command goes on from here."
+        )
 
 
 class UnitEncoder:
@@ -211,6 +429,9 @@ class UnitEncoder:
             known = isinstance(error, BertrayError)
             line = f"An encoder process on {platform.node()} cannot start: {type(error).__name__}: {error}"
             self.failure = error if known else BertrayError(" ".join(line.split()))
+        self._at_work: dict[tuple[str, str], Attempt] = {}
+        self._signs, self._retries, self._lock = 0, 0, threading.Lock()
+        threading.Thread(target=self._pulse, name="bertray-pulse", daemon=True).start()
         self.ready = time.time()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -220,37 +441,113 @@ class UnitEncoder:
         try:
             if self.failure:
                 raise self.failure
-            receipt = self._encode(split, Unit(**unit))
+            receipt = self._attempt(split, Unit(**unit))
             return {"split": split, "value": json.dumps(asdict(receipt)), "error": "", "ready": self.ready}
         except BertrayError as error:
             return {"split": split, "value": str(error), "error": type(error).__name__, "ready": self.ready}
         except OSError as error:  # a full disk, a store out of reach
             line = f"{self.job.stores[split].url} cannot be written on {platform.node()}: {error}"
-            return {"split": split, "value": " ".join(line.split()), "error": "StoreError", "ready": self.ready}
+            line = f"{' '.join(line.split())}. When that is mended, the same command goes on from here."
+            return {"split": split, "value": line, "error": "StoreError", "ready": self.ready}
 
-    def _encode(self, split: str, unit: Unit) -> Receipt:
+    def _attempt(self, split: str, unit: Unit) -> Receipt:
+        """A unit, encoded under a note that tells others so."""
+        store = self.job.stores[split]
+        if done := store.receipt(unit.key):  # and its receipt was lost on the way
+            return done
+        attempt = store.begin(unit.key, self.job.run, _node())
+        if attempt.number > _ATTEMPTS:
+            raise StoreError(
+                f"{unit.url}, rows {unit.start} to {unit.stop}: encoder processes have ended {_ATTEMPTS} times while "
+                "they were at work there: killed, out of memory, or without a sign of life. Give each more memory "
+                "(fewer ray.workers), or lower data.unit_rows."
+            )
+        with self._lock:
+            self._at_work[split, unit.key] = attempt
+        try:
+            return self._encode(split, unit, attempt)
+        finally:
+            with self._lock:
+                del self._at_work[split, unit.key]
+            with suppress(OSError):
+                store.end(unit.key)
+
+    def _pulse(self) -> None:
+        """Renews the attempts as long as there are signs of life: packs computed, units read."""
+        seen = None
+        while True:
+            time.sleep(self.job.patience / 8)
+            signs = (self._signs, self.encoder.steps if not self.failure else 0)
+            if signs != seen:
+                with self._lock, suppress(OSError):
+                    for (split, key), attempt in self._at_work.items():
+                        self.job.stores[split].renew(key, attempt)
+            seen = signs
+
+    def _encode(self, split: str, unit: Unit, attempt: Attempt) -> Receipt:
         started = time.perf_counter()
         columns, names = self.job.columns[split], self.job.label_names
-        batch = self._reading.submit(self._readers[split].read, unit).result()
-        counts = Counter(batch.rows["label"].to_pylist()) if columns.label else Counter()
+        batch = self._read(split, unit)
         if names:
-            labels.check(counts, names, unit.url)
-        texts = batch.rows["text"].to_pylist()
+            labels.check(Counter(batch.rows["label"].to_pylist()), names, unit.url)
         pairs = batch.rows["text_pair"].to_pylist() if columns.text_pair else None
-        encoded = self.encoder.encode(texts, pairs)
+        encoded, failed = self.encoder.encode_rows(batch.rows["text"].to_pylist(), pairs)
+        batch = set_aside(batch, failed)
+        kept = np.delete(np.arange(len(encoded.tokens)), list(failed))
         receipt = Receipt(
             unit.key,
-            len(texts),
+            len(kept),
             batch.rejects.num_rows,
             _empty(batch.rows["text"]),
-            int(encoded.truncated.sum()),
-            int(encoded.tokens.sum()),
+            int(encoded.truncated[kept].sum()),
+            int(encoded.tokens[kept].sum()),
             round(time.perf_counter() - started, 4),
-            dict(counts),
+            dict(Counter(batch.rows["label"].to_pylist()) if columns.label else {}),
             self.encoder.backend.name,
+            int((encoded.windows[kept] > 1).sum()),
+            attempt.lost,
+            self._new_retries(),
         )
-        self.job.stores[split].write_shard(receipt, self.job.finish(batch.rows, encoded.vectors), batch.rejects)
-        return receipt
+        self._signs += 1
+        return self.job.stores[split].write_shard(
+            receipt, self.job.finish(batch.rows, encoded.vectors[kept]), batch.rejects
+        )
+
+    def _read(self, split: str, unit: Unit) -> Batch:
+        reader = self._readers[split]
+        batch = self._reading.submit(Location(unit.url).patiently, lambda: reader.read(unit)).result()
+        self._signs += 1
+        return batch
+
+    def _new_retries(self) -> int:
+        """How often something in storage was tried again since this was asked last."""
+        with self._lock:
+            before, self._retries = self._retries, retries()
+            return self._retries - before
+
+
+def _node() -> str:
+    """Ray's id of this node; empty outside of Ray."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
+
+
+def set_aside(batch: Batch, failed: Mapping[int, str]) -> Batch:
+    """A batch without the rows that cannot be encoded, which become rejects: {row: reason}."""
+    if not failed:
+        return batch
+    bad = sorted(failed)
+    rows = batch.rows.take(bad)
+    rejects = pa.table(
+        {
+            "id": rows["id"],
+            "reason": pa.array([failed[row] for row in bad], pa.string()),
+            "preview": pc.utf8_slice_codeunits(rows["text"], 0, _PREVIEW),
+        }
+    )
+    good = np.delete(np.arange(batch.rows.num_rows), bad)
+    return Batch(batch.rows.take(good), pa.concat_tables([batch.rejects.cast(rejects.schema), rejects]))
 
 
 def _empty(texts: pa.ChunkedArray) -> int:
@@ -262,6 +559,5 @@ def reasons(store: Store, manifest: Manifest) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for receipt in manifest.units:
         if receipt.rejected:
-            lines = (store.location / "rejects" / f"{receipt.unit}.jsonl").read().split(b"\n")
-            counts.update(json.loads(line)["reason"] for line in lines if line)
+            counts.update(row["reason"] for row in store.rejects(receipt.unit))
     return dict(counts)

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 
 from bertray.errors import BertrayError
@@ -73,7 +73,7 @@ def holder(folder: Location) -> Holder | None:
 
 @contextmanager
 def _locked(folder: Location, mine: Holder) -> Iterator[None]:
-    path = (folder / _FILE).path
+    path, made = (folder / _FILE).path, not os.path.isdir(folder.path)
     os.makedirs(folder.path, exist_ok=True)
     while True:
         file = open(path, "a+")  # noqa: SIM115  closed below, in any case
@@ -96,7 +96,10 @@ def _locked(folder: Location, mine: Holder) -> Iterator[None]:
         try:
             yield
         finally:
-            os.unlink(path)
+            with suppress(OSError):  # the folder is gone, or in use
+                os.unlink(path)
+                if made:
+                    os.rmdir(folder.path)
 
 
 @contextmanager

@@ -10,21 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import yaml
 
 from bertray import bundle as bundles
 from bertray import checkpoints, labels
 from bertray.bundle import Bundle
 from bertray.cluster import connected
-from bertray.embed import Split, embed, made_by, reasons, versions
+from bertray.embed import Split, changed_files, embed, reasons, versions
 from bertray.errors import BundleError, SourceError, SpecError
 from bertray.evaluate import Evaluation, evaluate
+from bertray.lease import held
 from bertray.progress import log
-from bertray.sources import Columns, from_hub, is_saved_dataset, stage, units
-from bertray.spec import Source, Spec, fingerprint, load_spec
-from bertray.storage import output_folder
-from bertray.store import Manifest, Store, vectors_of
+from bertray.spec import Spec, fingerprint, load_spec
+from bertray.splits import splits_of
+from bertray.storage import Location, output_folder, retries
+from bertray.store import Manifest, Receipt, Store, vectors_of
 
 STEPS = ("embed", "fit", "evaluate")
 
@@ -55,21 +55,22 @@ def run(
     """
     if until not in STEPS:
         raise SpecError(f"until must be one of {', '.join(STEPS)}. Got {until!r} instead.")
-    return _Run(load_spec(spec, overrides), {"train": train, "test": test}).until(until)
+    spec = load_spec(spec, overrides)
+    folder = output_folder(spec.output)
+    with held(folder) as holder:
+        return _Run(spec, folder, holder.run, {"train": train, "test": test}).until(until)
 
 
 class _Run:
     """One run of a spec: what is known so far, and how long each step took."""
 
-    def __init__(self, spec: Spec, given: Mapping[str, Any]) -> None:
-        self.spec = spec
-        self.folder = output_folder(spec.output)
+    def __init__(self, spec: Spec, folder: Location, run: str, given: Mapping[str, Any]) -> None:
+        self.spec, self.folder, self.run = spec, folder, run
         self.seconds: dict[str, float] = {}
-        self.label_names = spec.data.labels
         started = time.perf_counter()
         self._imports = _Imports() if (self.folder / "metrics.json").exists() else _Imports("ray")
         self.checkpoint = checkpoints.find(spec.encoder.model, spec.encoder.revision)
-        self.splits = self._splits(given)
+        self.splits, self.label_names = splits_of(spec, self.checkpoint, self.folder, given)
         self.seconds["prepare"] = round(time.perf_counter() - started, 3)
         self.manifests: dict[str, Manifest] = {}
         path = self.folder / "metrics.json"
@@ -97,41 +98,6 @@ class _Run:
         self.seconds.setdefault(step, round(time.perf_counter() - started, 3))
         return result
 
-    # --- rows ---------------------------------------------------------------------------------------------
-
-    def _splits(self, given: Mapping[str, Any]) -> list[Split]:
-        data = self.spec.data
-        if given["train"] is None and not data.train.given:
-            raise SpecError("data.train must name a path or a hub data set.")
-        if not data.label:
-            raise SpecError("data.label must be a string that is not empty: a head is fitted on labels.")
-        columns = Columns(data.text, data.text_pair, data.label, data.id)
-        splits = [self._split("train", data.train, columns, given["train"])]
-        if data.test.given or given["test"] is not None:
-            splits.append(self._split("test", data.test, columns, given["test"]))
-        if self.spec.examples:
-            examples = pa.table({"text": list(self.spec.examples)})
-            splits.append(self._split("examples", Source(), Columns("text"), examples))
-        return splits
-
-    def _split(self, name: str, source: Source, columns: Columns, rows: Any) -> Split:
-        identity = {"given": name} if rows is not None else source.model_dump(exclude={"limit"})
-        if rows is None and (source.hub or is_saved_dataset(source)):
-            rows = from_hub(source)
-        elif rows is None and (source.split or source.config):
-            raise SpecError(
-                f"data.{name}: split and config are for hub and save_to_disk data sets. {source.path} is files: give "
-                "files of its own to each split, or use limit."
-            )
-        if rows is not None:
-            folder = self.folder / "rows" / name
-            carried = stage(rows, columns, folder)
-            self.label_names = self.label_names or carried
-            source = Source(path=folder.url, format="parquet", limit=source.limit)
-        made = made_by(self.spec.encoder, self.checkpoint, columns, identity)
-        store = Store((self.folder / "stores" / f"{name}-{fingerprint(made)}").url)
-        return Split(name, tuple(units(source, columns, self.spec.data.unit_rows)), columns, store, made)
-
     # --- steps --------------------------------------------------------------------------------------------
 
     def embed(self, fits: bool) -> None:
@@ -149,6 +115,8 @@ class _Run:
             log.info("embedding: done already")
             self.seconds["embed"] = 0.0
             return
+        for split in open_splits:
+            self._check_changed(split)
         self._imports.wait()
         later = ("torch", "ray.train.torch", "matplotlib.figure", "matplotlib.backends.backend_svg")
         self._imports = _Imports("ray.data", *(later if fits else ()))
@@ -160,10 +128,28 @@ class _Run:
             self.seconds["start"] = round(joined + seconds, 3)
 
         self.manifests |= embed(
-            open_splits, self.spec.encoder, self.checkpoint, self.spec.ray, self.label_names, ready=ready
+            open_splits,
+            self.spec.encoder,
+            self.checkpoint,
+            self.spec.ray,
+            self.label_names,
+            ready=ready,
+            max_rejects=self.spec.data.max_rejects,
+            run=self.run,
         )
         start = self.seconds.get("start", 0.0)
         self.seconds["embed"] = round(time.perf_counter() - started - start, 3)
+
+    def _check_changed(self, split: Split) -> None:
+        if not (changed := changed_files(split)):
+            return
+        named = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+        if self.spec.data.changed == "refuse":
+            raise SourceError(
+                f"data.{split.name}: {named} changed after being encoded. Restore what it was, or set data.changed "
+                "to encode, which encodes it again."
+            )
+        log.info("embedding: %s of data.%s changed after being encoded: encoded again", named, split.name)
 
     def fit(self) -> Bundle:
         from bertray.fit import RECIPE, fit
@@ -290,14 +276,24 @@ class _Run:
             "task": self.spec.task,
             "encoder": {**self.spec.encoder.model_dump(), "backends": self._backends()},
             "rows": rows,
+            "faults": self._faults(),
             "seconds": self.seconds,
             **more,
         }
 
+    @property
+    def _units(self) -> list[Receipt]:
+        return [unit for manifest in self.manifests.values() for unit in manifest.units]
+
     def _backends(self) -> list[str]:
         """What ran the encoder's layers, on all nodes."""
-        units = [unit for manifest in self.manifests.values() for unit in manifest.units]
-        return sorted({unit.backend for unit in units if unit.backend})
+        return sorted({unit.backend for unit in self._units if unit.backend})
+
+    def _faults(self) -> dict[str, int]:
+        """What went wrong on the way and was made good: units begun again since a process had ended, and attempts at
+        storage that were repeated."""
+        lost = sum(unit.lost for unit in self._units)
+        return {"units_begun_again": lost, "storage_retries": sum(unit.retries for unit in self._units) + retries()}
 
     def _places(self) -> dict[str, str]:
         places = {"output": self.folder, "report": self.folder / "report.html", "bundle": self.folder / "head"}

@@ -18,6 +18,7 @@ from bertray.checkpoints import Checkpoint
 from bertray.embed import Split, embed, made_by
 from bertray.errors import BertrayError, BundleError, SourceError
 from bertray.heads import LinearHead
+from bertray.lease import held
 from bertray.sources import Columns, is_saved_dataset, units
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import RaySizes, Source, fingerprint
@@ -81,7 +82,9 @@ def load(path: str, device: str = "auto") -> Predictor:
     return Predictor(bundles.load(str(path)), device)
 
 
-def predict_files(bundle_url: str, source: Source, output: str, columns: Columns, sizes: RaySizes) -> Manifest:
+def predict_files(
+    bundle_url: str, source: Source, output: str, columns: Columns, sizes: RaySizes, max_rejects: float = 1.0
+) -> Manifest:
     """Label all rows of a source on the connected Ray cluster, resumable like embedding.
 
     Writes to `output` id, text (and text_pair), label, score and probabilities of each row: one file where it
@@ -106,17 +109,22 @@ def predict_files(bundle_url: str, source: Source, output: str, columns: Columns
     store = Store(f"{output}.parts" if kind else output)
     checkpoint, spec = checkpoint_of(bundle), _encoder_spec(bundle)
     made = {**made_by(spec, checkpoint, columns, source.model_dump()), "bundle": bundle.fingerprint}
-    _refuse_other(store, fingerprint(made), output)
     split = Split("predictions", cut, columns, store, made)
     finish = WithPredictions(bundle.head, bundle.labels)
-    manifest = embed([split], spec, checkpoint, sizes, finish=finish)["predictions"]
-    store.prune(manifest)  # answers to rows that have changed since
-    if kind:
-        join(store, Location(output), kind, bundle)
-        if manifest.total("rejected"):
-            rejects = store.location / "rejects"
-            Location(f"{output}.rejects.jsonl").write(b"".join((rejects / f.name).read() for f in rejects.files()))
-        store.location.delete()
+    with held(store.location) as holder:
+        _refuse_other(store, fingerprint(made), output)
+        manifest = embed([split], spec, checkpoint, sizes, finish=finish, max_rejects=max_rejects, run=holder.run)[
+            "predictions"
+        ]
+        store.prune(manifest)  # answers to rows that have changed since
+        if kind:
+            join(store, Location(output), kind, bundle)
+            if manifest.total("rejected"):
+                lines = [
+                    json.dumps(row, ensure_ascii=False) for unit in manifest.units for row in store.rejects(unit.unit)
+                ]
+                Location(f"{output}.rejects.jsonl").write("".join(f"{line}\n" for line in lines).encode())
+            store.location.delete()
     return manifest
 
 

@@ -72,6 +72,12 @@ class Data(Part):
         (), description="label names in the order of their numbers; empty takes what the training rows hold"
     )
     unit_rows: AutoCount = Field("auto", description="rows that are encoded, written and retried together")
+    max_rejects: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="rows of a split that may be set aside before the job stops: a count, or a share such as 0.01"
+    )
+    changed: Literal["encode", "refuse"] = Field(
+        "encode", description="what to do when a file is not what it was when it was encoded: encode it again, or stop"
+    )
 
     @model_validator(mode="after")
     def _distinct_names(self) -> "Data":
@@ -121,6 +127,9 @@ class RaySizes(Part):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the encoder runs; auto takes GPUs if any")
     workers: AutoCount = Field("auto", description="encoder processes; auto takes one a GPU, or one for each few CPUs")
     cpus_per_worker: AutoCount = Field("auto", description="CPUs (threads) of each encoder process")
+    patience: int = Field(
+        600, ge=1, description="seconds without a sign of life after which an encoder process is ended and replaced"
+    )
     fit_workers: int = Field(0, ge=0, description="Ray Train workers that fit the head; 0 fits in the calling process")
     fit_memory: AutoCount = Field(
         "auto", description="MB of vectors to hold while fitting, more are read from disk; auto is half of what is free"

@@ -145,10 +145,11 @@ class Store:
         """The receipts of those units whose shards are there."""
         present = {file.name.removesuffix(".parquet") for file in (self.location / "shards").files()}
         with ThreadPoolExecutor(_THREADS) as pool:
-            receipts = pool.map(self._receipt, [unit for unit in units if unit in present])
+            receipts = pool.map(self.receipt, [unit for unit in units if unit in present])
         return {receipt.unit: receipt for receipt in receipts if receipt}
 
-    def _receipt(self, unit: str) -> Receipt | None:
+    def receipt(self, unit: str) -> Receipt | None:
+        """The receipt that a unit's shard carries; None where there is no whole shard."""
         shard = self.shard(unit)
         try:
             return _receipt_in(shard.patiently(lambda: pq.read_metadata(shard.open_random())))

@@ -1,0 +1,66 @@
+"""From a spec to its splits: the rows to fit on, to judge by and to look at, cut into units, each with its store."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from bertray.checkpoints import Checkpoint
+from bertray.embed import Split, made_by
+from bertray.errors import SpecError
+from bertray.sources import Columns, from_hub, is_saved_dataset, stage, units
+from bertray.spec import Source, Spec, fingerprint
+from bertray.storage import Location
+from bertray.store import Store
+
+
+def splits_of(
+    spec: Spec, checkpoint: Checkpoint, folder: Location, given: Mapping[str, Any]
+) -> tuple[list[Split], tuple[str, ...]]:
+    """The splits `train`, and where there are rows for them, `test` and `examples`; and the label names as far as the
+    spec or the rows tell them.
+
+    Args:
+        folder: of the run: what is not a file yet is written there first.
+        given: rows in memory for `train` and `test`, or None.
+
+    Raises:
+        SpecError: the spec names no rows, or no label.
+        SourceError: the rows cannot be read.
+    """
+    data = spec.data
+    if given["train"] is None and not data.train.given:
+        raise SpecError("data.train must name a path or a hub data set.")
+    if not data.label:
+        raise SpecError("data.label must be a string that is not empty: a head is fitted on labels.")
+    columns = Columns(data.text, data.text_pair, data.label, data.id)
+    wanted = [("train", data.train, columns, given["train"])]
+    if data.test.given or given["test"] is not None:
+        wanted.append(("test", data.test, columns, given["test"]))
+    if spec.examples:
+        wanted.append(("examples", Source(), Columns("text"), pa.table({"text": list(spec.examples)})))
+    splits, label_names = [], data.labels
+    for name, source, columns, rows in wanted:
+        identity = {"given": name} if rows is not None else source.model_dump(exclude={"limit"})
+        source, carried = _files(name, source, columns, rows, folder)
+        label_names = label_names or carried
+        made = made_by(spec.encoder, checkpoint, columns, identity)
+        store = Store((folder / "stores" / f"{name}-{fingerprint(made)}").url)
+        splits.append(Split(name, tuple(units(source, columns, data.unit_rows)), columns, store, made))
+    return splits, label_names
+
+
+def _files(name: str, source: Source, columns: Columns, rows: Any, folder: Location) -> tuple[Source, tuple[str, ...]]:
+    """A source of files, and the label names that its rows carry: rows that are not files yet become some."""
+    if rows is None and (source.hub or is_saved_dataset(source)):
+        rows = from_hub(source)
+    elif rows is None and (source.split or source.config):
+        raise SpecError(
+            f"data.{name}: split and config are for hub and save_to_disk data sets. {source.path} is files: give "
+            "files of its own to each split, or use limit."
+        )
+    if rows is None:
+        return source, ()
+    staged = folder / "rows" / name
+    carried = stage(rows, columns, staged)
+    return Source(path=staged.url, format="parquet", limit=source.limit), carried
