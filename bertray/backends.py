@@ -42,11 +42,13 @@ POOLINGS: dict[str, Pooling] = {
 
 
 class Backend(Protocol):
-    """name: what it is, for logs and reports; precision: what it computes in; block: texts to hand over at once."""
+    """name: what it is, for logs and reports; precision: what it computes in; block: texts to hand over at once;
+    steps: how many packs went through the layers so far."""
 
     name: str
     precision: str
     block: int
+    steps: int
 
     def start(self, tokens: Tokens) -> Callable[[], NDArray[Any]]:
         """Begin to encode texts sorted by falling length; the result, once called, waits for vectors [n, width]."""
@@ -140,6 +142,7 @@ class TorchBackend:
         self.name = f"{precision} by torch on {device}"
         self.block = _BLOCKS[device]
         self.budget = _BUDGETS[device]
+        self.steps = 0
         self._model, self._device = model, device
         self._pool, self._pooler = POOLINGS[pooling], getattr(model, "pooler", None)
         self._types = getattr(model.config, "type_vocab_size", 0) > 1
@@ -155,6 +158,7 @@ class TorchBackend:
             try:
                 parts.append(self._pack(ids, types, tokens.offsets[start : end + 1]))
                 start = end
+                self.steps += 1
             except RuntimeError as error:
                 if not _out_of_memory(error):
                     raise

@@ -8,8 +8,8 @@ order of the texts. While one block is encoded the next is tokenized.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, fields
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -19,12 +19,19 @@ from numpy.typing import NDArray
 
 from bertray import backends
 from bertray.checkpoints import Checkpoint
-from bertray.errors import CheckpointError
+from bertray.errors import BertrayError, CheckpointError
 from bertray.native import first_position
 from bertray.spec import Encoder as EncoderSpec
-from bertray.tokens import Tokenizer, Tokens
+from bertray.tokens import Tokenizer, Tokens, Windows
 
 Vectors = NDArray[np.float32] | NDArray[np.float16]
+
+
+# Characters of the texts of a block, for each text that it may hold: long texts make blocks of fewer, since tokenizing
+# takes hundreds of bytes a token for a while.
+_CHARACTERS = 2048
+_PROBE = "a plain text"
+_REASON = 300  # characters of a reason
 
 
 @dataclass(frozen=True)
@@ -32,13 +39,32 @@ class Encoded:
     """What encoding n texts gives.
 
     vectors: [n, width] float32 for fp32, otherwise float16 (finer than bf16; its narrower range is checked).
-    tokens: [n] how many tokens each text has.
-    truncated: [n] whether it lost its tail.
+    tokens: [n] how many tokens were encoded of each text: those of all its windows.
+    truncated: [n] whether it lost something.
+    windows: [n] how many windows it was encoded in.
     """
 
     vectors: Vectors
     tokens: NDArray[np.int64]
     truncated: NDArray[np.bool_]
+    windows: NDArray[np.int64]
+
+    @classmethod
+    def zeros(cls, texts: int, width: int, dtype: Any) -> "Encoded":
+        counts = (np.zeros(texts, np.int64) for _ in range(2))
+        return cls(np.zeros((texts, width), dtype), next(counts), np.zeros(texts, bool), next(counts))
+
+    def part(self, span: slice) -> "Encoded":
+        """Some texts of it, in the same memory."""
+        return Encoded(*(getattr(self, field.name)[span] for field in fields(self)))
+
+
+class _Overflow(CheckpointError):
+    """Some texts' vectors cannot be stored; all others are in their places."""
+
+    def __init__(self, precision: str, rows: NDArray[np.int64]) -> None:
+        super().__init__(f"Vectors in {precision} exceed what can be stored. Set encoder.precision to fp32.")
+        self.rows = rows
 
 
 class Encoder:
@@ -61,12 +87,20 @@ class Encoder:
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
         model = _load(checkpoint, spec)
         self.width = int(model.config.hidden_size)
-        self.tokenizer = Tokenizer(checkpoint.folder, spec.max_length, spec.truncation)
+        self.tokenizer = Tokenizer(checkpoint.folder, spec.max_length, spec.truncation, spec.overlap)
         self.backend = backends.choose(model, spec.precision, spec.pooling, device, threads)
         self._name, self._stored = checkpoint.name, stored_dtype(spec.precision)
         self._vocabulary = int(model.config.vocab_size)
         self._typed = getattr(model.config, "type_vocab_size", 0) > 1
+        self._pooling = spec.pooling
         self._beginning = Lock()
+        self._blocks_begun = 0
+
+    @property
+    def steps(self) -> int:
+        """A number that grows while there is progress: by each block that was tokenized and each pack that went
+        through the layers (on CUDA: that was sent to the device, which is at most a few packs behind)."""
+        return self._blocks_begun + self.backend.steps
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Encoded:
         """Vectors of texts, or of pairs, in their order.
@@ -74,36 +108,110 @@ class Encoder:
         Raises:
             CheckpointError: the texts or their vectors exceed what the checkpoint or the precision can hold.
             SourceError: a text is too long, where that is an error.
+            SpecError: max_length leaves no room beside the special tokens and the overlap.
         """
-        vectors = np.empty((len(texts), self.width), self._stored)
-        lengths, truncated = np.empty(len(texts), np.int64), np.empty(len(texts), bool)
-        waiting: Callable[[], None] | None = None
-        for span, tokens in self._tokenized(texts, pairs):
-            lengths[span], truncated[span] = tokens.lengths, tokens.truncated
-            with self._beginning:
-                begun = self._begin(tokens, vectors[span])
+        out = Encoded.zeros(len(texts), self.width, self._stored)
+        for _, finish in self._blocks(texts, pairs, out, strict=True):
+            finish()
+        return out
+
+    def encode_rows(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> tuple[Encoded, dict[int, str]]:
+        """The same, but a text that cannot be encoded stops nothing: it has zeros for all of its results.
+
+        Returns:
+            What encoding gives, and for each row that failed the reason, a line.
+
+        Raises:
+            Exception: what is no text's fault: memory, files and devices fail, or a plain text too cannot be encoded.
+        """
+        out = Encoded.zeros(len(texts), self.width, self._stored)
+        failed: dict[int, str] = {}
+        for span, finish in self._blocks(texts, pairs, out, strict=False):
+            failed.update(self._salvage(texts, pairs, span, out, finish))
+        for row in np.flatnonzero(out.truncated & (out.tokens == 0)).tolist():
+            failed[row] = f"longer than {self.tokenizer.max_length} tokens"
+        for field in fields(out):
+            getattr(out, field.name)[list(failed)] = 0
+        return out, dict(sorted(failed.items()))
+
+    def _salvage(
+        self, texts: Sequence[str], pairs: Sequence[str] | None, span: slice, out: Encoded, finish: Callable[[], None]
+    ) -> dict[int, str]:
+        """Finish a block. Where it fails, encode it by halves, and those by theirs, down to the rows that fail."""
+        try:
+            finish()
+            return {}
+        except _Overflow as error:
+            self._probe(error, pairs is not None)
+            reason = f"its vector exceeds what {np.dtype(self._stored)} can hold"
+            return {span.start + row: reason for row in error.rows.tolist()}
+        except Exception as error:
+            if _is_no_texts_fault(error):
+                raise
+            if span.stop - span.start == 1:
+                self._probe(error, pairs is not None)
+                return {span.start: _reason(error)}
+        middle = (span.start + span.stop) // 2
+        failed: dict[int, str] = {}
+        for half in (slice(span.start, middle), slice(middle, span.stop)):
+            begun = self._begun(self._job(texts, pairs, half, strict=False), out.part(half))
+            failed.update(self._salvage(texts, pairs, half, out, begun))
+        return failed
+
+    def _probe(self, error: Exception, paired: bool) -> None:
+        """Raise the error of a text if a plain text cannot be encoded either."""
+        texts = [_PROBE]
+        out = Encoded.zeros(1, self.width, self._stored)
+        try:
+            self._begun(self._job(texts, texts if paired else None, slice(0, 1), strict=False), out)()
+        except Exception:
+            raise error from None
+
+    def _blocks(
+        self, texts: Sequence[str], pairs: Sequence[str] | None, out: Encoded, strict: bool
+    ) -> Iterator[tuple[slice, Callable[[], None]]]:
+        """Blocks of texts, and what waits until the part of `out` that is theirs is filled, or raises what kept it
+        from that. Meanwhile the next one is begun."""
+        waiting = None
+        for span, tokenized in self._tokenized(texts, pairs, strict):
+            begun = span, self._begun(tokenized, out.part(span))
             if waiting:
-                waiting()
+                yield waiting
             waiting = begun
         if waiting:
-            waiting()
-        return Encoded(vectors, lengths, truncated)
+            yield waiting
 
-    def _tokenized(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Iterator[tuple[slice, Tokens]]:
+    def _tokenized(
+        self, texts: Sequence[str], pairs: Sequence[str] | None, strict: bool
+    ) -> Iterator[tuple[slice, Callable[[], Tokens]]]:
         """Blocks of texts, each tokenized while the one before is encoded."""
-        edges = [*range(0, len(texts), self.backend.block), len(texts)]
-        spans = [slice(start, stop) for start, stop in pairwise(edges)]
+        spans = _spans(texts, pairs, self.backend.block)
+        if len(spans) < 2:  # not worth a thread
+            yield from ((span, self._job(texts, pairs, span, strict)) for span in spans)
+            return
         with ThreadPoolExecutor(1, "bertray-tokenize") as pool:
-            jobs = [pool.submit(self.tokenizer, texts[span], pairs[span] if pairs else None) for span in spans[:2]]
+            jobs = [pool.submit(self._job(texts, pairs, span, strict)) for span in spans[:2]]
             for number, span in enumerate(spans):
-                tokens = jobs.pop(0).result()
                 if number + 2 < len(spans):
-                    ahead = spans[number + 2]
-                    jobs.append(pool.submit(self.tokenizer, texts[ahead], pairs[ahead] if pairs else None))
-                yield span, tokens
+                    jobs.append(pool.submit(self._job(texts, pairs, spans[number + 2], strict)))
+                yield span, jobs.pop(0).result
 
-    def _begin(self, tokens: Tokens, out: Vectors) -> Callable[[], None]:
-        """Begin to encode a block into `out`; what is returned waits until it is there."""
+    def _job(
+        self, texts: Sequence[str], pairs: Sequence[str] | None, span: slice, strict: bool
+    ) -> Callable[[], Tokens]:
+        return lambda: self.tokenizer(texts[span], None if pairs is None else pairs[span], strict)
+
+    def _begun(self, tokenized: Callable[[], Tokens], out: Encoded) -> Callable[[], None]:
+        """Begin to encode a block into `out`; what is returned waits until it is there, and raises what went wrong."""
+        try:
+            tokens = tokenized()
+            with self._beginning:
+                self._blocks_begun += 1
+                return self._begin(tokens, out)
+        except Exception as error:
+            return partial(_raise, error)
+
+    def _begin(self, tokens: Tokens, out: Encoded) -> Callable[[], None]:
         if tokens.ids.max(initial=0) >= self._vocabulary:
             raise CheckpointError(
                 f"The tokenizer of {self._name} gives token {tokens.ids.max()}, but its model knows "
@@ -111,19 +219,72 @@ class Encoder:
             )
         if not self._typed:
             tokens.types[:] = 0
-        order = np.argsort(-tokens.lengths, kind="stable")
+        lengths, windows = tokens.lengths, tokens.windows
+        out.tokens[:] = lengths if windows is None else np.add.reduceat(lengths, windows.first)
+        out.truncated[:] = tokens.truncated if windows is None else tokens.truncated[windows.first]
+        out.windows[:] = 1 if windows is None else windows.counts
+        order = np.argsort(-lengths, kind="stable")
+        if skipped := int((tokens.truncated & (lengths == 0)).sum()):
+            order = order[: len(order) - skipped]
+        if not len(order):
+            return lambda: None
         result = self.backend.start(tokens.take(order))
 
         def finish() -> None:
             vectors = result()
-            with np.errstate(over="ignore"):
-                out[order] = vectors
-            if not np.isfinite(out).all():
-                raise CheckpointError(
-                    f"Vectors in {self.backend.precision} exceed what can be stored. Set encoder.precision to fp32."
-                )
+            with np.errstate(over="ignore", invalid="ignore"):
+                if windows is None:
+                    out.vectors[order] = vectors
+                else:
+                    rows = np.empty_like(vectors)
+                    rows[order] = vectors
+                    _join(rows, windows, self._pooling, out.vectors)
+            if not np.isfinite(out.vectors).all():
+                raise _Overflow(self.backend.precision, np.flatnonzero(~np.isfinite(out.vectors).all(1)))
 
         return finish
+
+
+def _spans(texts: Sequence[str], pairs: Sequence[str] | None, block: int) -> list[slice]:
+    """Blocks of so many texts, or of fewer long ones."""
+    sizes = np.fromiter(map(len, texts), np.int64, len(texts))
+    if pairs is not None:
+        sizes += np.fromiter(map(len, pairs), np.int64, len(texts))
+    ends = np.cumsum(sizes)
+    spans, start = [], 0
+    while start < len(texts):
+        before = ends[start] - sizes[start]
+        stop = int(np.searchsorted(ends, before + block * _CHARACTERS, side="right"))
+        stop = min(start + block, max(start + 1, stop), len(texts))
+        spans.append(slice(start, stop))
+        start = stop
+    return spans
+
+
+def _join(rows: NDArray[Any], windows: Windows, pooling: str, out: Vectors) -> None:
+    """Vectors of windows [rows, width] to those of texts [n, width]: the mean by weight, or for `max` the maximum."""
+    first = windows.first
+    out[:] = rows[first]
+    for text in np.flatnonzero(windows.counts > 1):
+        own = slice(first[text], first[text] + windows.counts[text])
+        many = rows[own].astype(np.float64)
+        out[text] = many.max(0) if pooling == "max" else np.average(many, 0, windows.weights[own])
+
+
+def _is_no_texts_fault(error: Exception) -> bool:
+    """Whether an error is the machine's. That a single text does not fit a device is a CheckpointError, and its own."""
+    device = isinstance(error, RuntimeError) and ("CUDA" in str(error) or "DefaultCPUAllocator" in str(error))
+    return device or isinstance(error, MemoryError | OSError)
+
+
+def _reason(error: Exception) -> str:
+    """An error in a line that any file can hold."""
+    kind = "" if isinstance(error, BertrayError) else f"{type(error).__name__}: "
+    return " ".join(f"{kind}{error}".encode(errors="backslashreplace").decode().split())[:_REASON]
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def stored_dtype(precision: str) -> Any:

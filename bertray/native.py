@@ -167,6 +167,8 @@ class NativeBackend:
         self.name = f"{precision} by bertray's kernels for AVX-512 VNNI"
         self.precision = precision
         self.block = BLOCK
+        self.steps = 0
+        self._counting = threading.Lock()
         self.width = int(model.config.hidden_size)
         self._pooling = _POOLINGS[pooling]
         self._library = _library()[0]
@@ -209,6 +211,8 @@ class NativeBackend:
             vectors[start:].ctypes.data,
             scratch.ctypes.data,
         )
+        with self._counting:
+            self.steps += 1
 
     # --- layout -------------------------------------------------------------------------------------------
 

@@ -99,12 +99,21 @@ class Encoder(Part):
         "pooler", description="pooler (dense and tanh over [CLS]), [CLS] itself, or mean or max over all tokens"
     )
     max_length: int = Field(512, ge=3, description="most tokens a text may have, [CLS] and [SEP] included")
-    truncation: Literal["truncate", "error"] = Field(
-        "truncate", description="what becomes of longer texts; how many were truncated is always reported"
+    truncation: Literal["truncate", "error", "window"] = Field(
+        "truncate",
+        description="what becomes of longer texts: cut and counted, refused, or encoded whole in overlapping windows",
     )
+    overlap: int = Field(64, ge=0, description="tokens that neighbouring windows share, where truncation is window")
     precision: Literal["auto", "fp32", "bf16", "fp16", "int16", "int8"] = Field(
         "auto", description="number format of the encoder; auto takes the fastest with a cosine of 0.999 to fp32"
     )
+
+    @model_validator(mode="after")
+    def _windows_move_on(self) -> "Encoder":
+        room = self.max_length - 2  # the tokenizer, once it is there, knows whether there are more special tokens
+        if self.truncation == "window" and self.overlap >= room:
+            raise ValueError(f"overlap must be less than {room} (max_length without [CLS] and [SEP])")
+        return self
 
 
 class Head(Part):

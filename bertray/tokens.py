@@ -5,19 +5,36 @@ Knows nothing of models beyond their tokenizer.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bertray.errors import CheckpointError, SourceError
+from bertray.errors import CheckpointError, SourceError, SpecError
 from bertray.progress import log
 
 Ints = NDArray[np.int64]
 
 _SAMPLE = 256  # texts that two tokenizers are compared on
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How the rows of Tokens are windows of n texts, those of a text one after another.
+
+    counts: [n] how many windows each text has; 1 for a text that fits.
+    weights: [rows] tokens in each window without the special ones.
+    """
+
+    counts: Ints
+    weights: Ints
+
+    @property
+    def first(self) -> Ints:
+        """[n] the row of each text's first window."""
+        return np.cumsum(self.counts) - self.counts
 
 
 @dataclass(frozen=True)
@@ -28,12 +45,14 @@ class Tokens:
     types: [tokens] which text of a pair a token belongs to (0, 1); all 0 for tokenizers that do not tell.
     offsets: [n + 1] text i is ids[offsets[i]:offsets[i + 1]].
     truncated: [n] whether a text was longer than allowed and lost its tail.
+    windows: which rows are windows of one text; None where every row is a text of its own.
     """
 
     ids: Ints
     types: Ints
     offsets: Ints
     truncated: NDArray[np.bool_]
+    windows: Windows | None = None
 
     @property
     def lengths(self) -> Ints:
@@ -78,7 +97,16 @@ class Tokenizer:
     it gives the same ids for a sample of the texts it meets first.
     """
 
-    def __init__(self, folder: Path, max_length: int, truncation: str = "truncate") -> None:
+    def __init__(self, folder: Path, max_length: int, truncation: str = "truncate", overlap: int = 0) -> None:
+        """Load the tokenizer of a checkpoint's folder.
+
+        Args:
+            truncation: `truncate`, `error`, or `window`, where neighbouring windows share `overlap` tokens.
+
+        Raises:
+            CheckpointError: the folder has no fast tokenizer.
+            SpecError: the overlap leaves a window no room to move on.
+        """
         from transformers import AutoTokenizer
 
         try:
@@ -89,34 +117,55 @@ class Tokenizer:
             raise CheckpointError(f"{folder} has no fast tokenizer (tokenizer.json). Save one with transformers.")
         self._fast = _nanotoken(self._tokenizer)
         self._compared = False
-        self.max_length = max_length
-        self.truncation = truncation
+        self.max_length, self.truncation, self.overlap = max_length, truncation, overlap
+        self._frames: dict[bool, list[int]] = {}
+        if truncation == "window":
+            self._frame(False)
 
-    def __call__(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Tokens:
+    def __call__(self, texts: Sequence[str], pairs: Sequence[str] | None = None, strict: bool = True) -> Tokens:
         """Tokenize texts, or pairs as `[CLS] a [SEP] b [SEP]`.
+
+        Args:
+            strict: without it, texts that are too long where that is an error come back truncated to no token at all.
 
         Raises:
             SourceError: a text is longer than max_length and truncation is `error`.
+            SpecError: max_length leaves no room beside the special tokens and the overlap.
         """
         if not texts:
             empty = np.zeros(0, np.int64)
             return Tokens(empty, empty, np.zeros(1, np.int64), np.zeros(0, bool))
+        if self.truncation == "window":
+            self._frame(pairs is not None)
+        tokens = self._whole(texts, pairs)
+        long = np.flatnonzero(tokens.lengths > self.max_length)
+        if not len(long):
+            return tokens
+        if self.truncation != "error":
+            return self._cut(tokens, texts, pairs, long)
+        if strict:
+            raise SourceError(
+                f"{len(long)} texts are longer than encoder.max_length ({self.max_length} tokens), such as "
+                f"{texts[long[0]][:60]!r} with {tokens.lengths[long[0]]}. Raise max_length, or set "
+                "encoder.truncation to truncate or window."
+            )
+        return _replaced(tokens, long, np.ones_like(long), [tokens.ids[:0]] * len(long), np.ones(len(long), bool))
+
+    def _whole(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Tokens:
+        """Tokens of texts or pairs, however many."""
         if self._fast is not None and not self._compared:
             self._compared = True
             self._fast = self._fast if self._agrees(texts) else None
         tokens = self._encode_fast(texts) if pairs is None else None
-        tokens = tokens or self._encode(texts, pairs)
-        long = np.flatnonzero(tokens.lengths > self.max_length)
-        return self._truncate(tokens, texts, pairs, long) if len(long) else tokens
+        return tokens or self._encode(texts, pairs)
 
-    def _encode(self, texts: Sequence[str], pairs: Sequence[str] | None, **options: Any) -> Tokens:
+    def _encode(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Tokens:
         encoded = self._tokenizer(
             list(texts),
             list(pairs) if pairs is not None else None,
             verbose=False,
             return_attention_mask=False,
             return_token_type_ids=True,
-            **options,
         )
         offsets = np.zeros(len(texts) + 1, np.int64)
         np.cumsum([len(row) for row in encoded["input_ids"]], out=offsets[1:])
@@ -145,30 +194,112 @@ class Tokenizer:
             log.warning("nanotoken gives other ids than the checkpoint's tokenizer for these texts: it is not used")
         return equal
 
-    def _truncate(self, tokens: Tokens, texts: Sequence[str], pairs: Sequence[str] | None, rows: Ints) -> Tokens:
-        """Encode the rows that are too long again, cut by the tokenizer (the longer text of a pair first)."""
-        if self.truncation == "error":
-            raise SourceError(
-                f"{len(rows)} texts are longer than encoder.max_length ({self.max_length} tokens), such as "
-                f"{texts[rows[0]][:60]!r} with {tokens.lengths[rows[0]]}. Raise max_length, or set "
-                "encoder.truncation to truncate."
+    def _cut(self, tokens: Tokens, texts: Sequence[str], pairs: Sequence[str] | None, rows: Ints) -> Tokens:
+        """The same with the rows that are too long cut to windows, or to the first one. What is cut are the ids that
+        are there: the tokenizer's own truncation is a setting that threads would share."""
+        single, frame = self._frame(False), self._frame(pairs is not None)
+        heads = tokens.lengths[rows] - sum(frame)  # tokens of the first texts
+        if pairs is not None:
+            heads = self._encode([texts[row] for row in rows], None).lengths - sum(single)
+        found = [
+            self._windows(np.arange(tokens.offsets[row], tokens.offsets[row + 1]), frame, head)
+            for row, head in zip(rows, heads, strict=True)
+        ]
+        counts = np.array([len(windows) for windows, _ in found])
+        lost = np.repeat([cut for _, cut in found], counts)
+        cut = _replaced(tokens, rows, counts, [window for windows, _ in found for window in windows], lost)
+        if self.truncation != "window":
+            return cut
+        all_counts = np.ones(len(texts), np.int64)
+        all_counts[rows] = counts
+        return replace(cut, windows=Windows(all_counts, cut.lengths - sum(frame)))
+
+    def _windows(self, places: Ints, frame: list[int], head: int) -> tuple[list[Ints], bool]:
+        """The windows of a row that is too long, as places of ids, and whether something is in none of them.
+
+        The shorter text of a pair is in every window, as much of it as half the room holds; windows go over the longer
+        one. So the first window is what Hugging Face's truncation (longest first) leaves.
+
+        Args:
+            places: [tokens] of the whole row.
+            frame: as of `_frame`.
+            head: tokens of the first text.
+        """
+        room = self.max_length - sum(frame)
+        edges = np.cumsum([frame[0], head, frame[1], len(places) - sum(frame) - head][: 2 * len(frame) - 2])
+        pieces = np.split(places, edges)  # special tokens and texts in turn
+        longer = 1 if len(pieces) == 3 or len(pieces[1]) > len(pieces[3]) else 3
+        cut = False
+        if len(pieces) > 3:
+            shorter = 4 - longer
+            cut = len(pieces[shorter]) > room // 2
+            pieces[shorter] = self._kept(pieces[shorter], room // 2)
+            room -= len(pieces[shorter])
+        whole = pieces[longer]
+        if self.truncation == "window":
+            starts = range(0, max(1, len(whole) - self.overlap), room - self.overlap)
+            parts = [whole[start : start + room] for start in starts]
+        else:
+            parts, cut = [self._kept(whole, room)], True
+        return [np.concatenate([*pieces[:longer], part, *pieces[longer + 1 :]]) for part in parts], cut
+
+    def _kept(self, places: Ints, count: int) -> Ints:
+        """What truncation leaves of a text."""
+        left = getattr(self._tokenizer, "truncation_side", "right") == "left"
+        return places[max(0, len(places) - count) :] if left else places[:count]
+
+    def _frame(self, paired: bool) -> list[int]:
+        """How many special tokens stand before, between and behind the texts of a row.
+
+        Raises:
+            SpecError: max_length leaves no room for more.
+        """
+        if paired not in self._frames:
+            owners = self._tokenizer(*["a"] * (1 + paired)).sequence_ids(0)
+            ends = [(owners.index(text), len(owners) - owners[::-1].index(text)) for text in range(1 + paired)]
+            edges = [0, *itertools.chain.from_iterable(ends), len(owners)]
+            frame = [stop - start for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+            self._check_room(self.max_length - sum(frame), paired)
+            self._frames[paired] = frame
+        return self._frames[paired]
+
+    def _check_room(self, room: int, paired: bool) -> None:
+        kind = "pairs" if paired else "texts"
+        if room < 1:
+            least = self.max_length - room + 1
+            raise SpecError(f"encoder.max_length must be at least {least} for {kind}. Got {self.max_length} instead.")
+        limit = room - room // 2 if paired else room  # the longer text of a pair has half the room at least
+        if self.truncation == "window" and self.overlap >= limit:
+            raise SpecError(
+                f"encoder.overlap must be less than {limit} for {kind} of max_length {self.max_length}. "
+                f"Got {self.overlap} instead."
             )
-        cut = self._encode(
-            [texts[i] for i in rows],
-            [pairs[i] for i in rows] if pairs is not None else None,
-            truncation=True,
-            max_length=self.max_length,
-        )
-        # The cut ones go behind all others, and each then to its text's place.
-        both = Tokens(
-            np.concatenate([tokens.ids, cut.ids]),
-            np.concatenate([tokens.types, cut.types]),
-            np.concatenate([tokens.offsets, tokens.offsets[-1] + cut.offsets[1:]]),
-            np.concatenate([tokens.truncated, np.ones(len(rows), bool)]),
-        )
-        places = np.arange(len(texts))
-        places[rows] = len(texts) + np.arange(len(rows))
-        return both.take(places)
+
+
+def _replaced(tokens: Tokens, rows: Ints, counts: Ints, places: list[Ints], truncated: NDArray[np.bool_]) -> Tokens:
+    """Tokens with some rows replaced.
+
+    Args:
+        rows: which, rising.
+        counts: [rows] how many new rows come in place of each.
+        places: [new rows] where in tokens.ids the ids of each lie.
+        truncated: [new rows]
+    """
+    flat = np.concatenate(places)
+    ends = tokens.offsets[-1] + np.cumsum([len(part) for part in places])
+    # The new ones go behind all others, and each then to its text's place.
+    both = Tokens(
+        np.concatenate([tokens.ids, tokens.ids[flat]]),
+        np.concatenate([tokens.types, tokens.types[flat]]),
+        np.concatenate([tokens.offsets, ends]),
+        np.concatenate([tokens.truncated, truncated]),
+    )
+    texts = len(tokens.truncated)
+    repeats = np.ones(texts, np.int64)
+    repeats[rows] = counts
+    order = np.repeat(np.arange(texts), repeats)
+    order[np.isin(order, rows)] = texts + np.arange(len(places))
+    return both.take(order)
 
 
 def _nanotoken(tokenizer: Any) -> Any:
