@@ -488,8 +488,8 @@ class UnitEncoder:
         started = time.perf_counter()
         columns, names = self.job.columns[split], self.job.label_names
         batch = self._read(split, unit)
-        if names:
-            labels.check(Counter(batch.rows["label"].to_pylist()), names, unit.url)
+        if names and columns.label:
+            labels.check(_labels(batch), names, unit.url)
         pairs = batch.rows["text_pair"].to_pylist() if columns.text_pair else None
         encoded, failed = self.encoder.encode_rows(batch.rows["text"].to_pylist(), pairs)
         batch = set_aside(batch, failed)
@@ -502,7 +502,7 @@ class UnitEncoder:
             int(encoded.truncated[kept].sum()),
             int(encoded.tokens[kept].sum()),
             round(time.perf_counter() - started, 4),
-            dict(Counter(batch.rows["label"].to_pylist()) if columns.label else {}),
+            _labels(batch) if columns.label else {},
             self.encoder.backend.name,
             int((encoded.windows[kept] > 1).sum()),
             attempt.lost,
@@ -548,6 +548,11 @@ def set_aside(batch: Batch, failed: Mapping[int, str]) -> Batch:
     )
     good = np.delete(np.arange(batch.rows.num_rows), bad)
     return Batch(batch.rows.take(good), pa.concat_tables([batch.rejects.cast(rejects.schema), rejects]))
+
+
+def _labels(batch: Batch) -> dict[str, int]:
+    """How many rows have each label."""
+    return dict(Counter(batch.rows["label"].to_pylist()))
 
 
 def _empty(texts: pa.ChunkedArray) -> int:

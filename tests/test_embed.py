@@ -13,22 +13,23 @@ from bertray.embed import Job, UnitEncoder
 from bertray.sources import Columns, units
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import Source
-from bertray.store import Receipt, Store, with_vectors
+from bertray.store import Receipt, Store
 
 COLUMNS = Columns("text", label="label")
 
 
 @pytest.fixture
 def cut(rows_file):
-    """60 rows in 20 units; the text of row 31 is too long."""
+    """60 rows in 20 units; the text of row 31 is too long, and row 45 has another label."""
     rows = [{"text": f"text number {i} " * (40 if i == 31 else 1), "label": i % 2} for i in range(60)]
+    rows[45]["label"] = "odd"
     return units(Source(path=rows_file(rows)), COLUMNS, 3)
 
 
-def actor(tiny, store, **spec):
+def actor(tiny, store, names=(), run="run", **spec):
     checkpoint = find(str(tiny))
     encoder = EncoderSpec(model=str(tiny), pooling="mean", max_length=64, precision="fp32", **spec)
-    job = Job(checkpoint.name, "main", checkpoint.identity, encoder, (), {"a": COLUMNS}, {"a": store}, with_vectors)
+    job = Job(checkpoint.name, "main", checkpoint.identity, encoder, names, {"a": COLUMNS}, {"a": store}, run=run)
     return UnitEncoder(job, "cpu", 2)
 
 
@@ -46,7 +47,7 @@ def test_units_at_once_give_what_one_after_another_gives(tiny, tmp_path, cut):
     expected = answers(actor(tiny, alone), cut, 1)
     for given, answer in zip(answers(actor(tiny, together), cut, 3), expected, strict=True):
         assert not given["error"]
-        ours, theirs = ({**json.loads(a["value"]), "seconds": 0} for a in (given, answer))
+        ours, theirs = ({**json.loads(a["value"]), "seconds": 0, "checksum": ""} for a in (given, answer))
         assert ours == theirs
     for unit in cut:
         assert pq.read_table(together.shard(unit.key).path).equals(pq.read_table(alone.shard(unit.key).path))
@@ -54,16 +55,47 @@ def test_units_at_once_give_what_one_after_another_gives(tiny, tmp_path, cut):
 
 def test_a_unit_that_fails_leaves_no_shard_and_the_others_theirs(tiny, tmp_path, cut):
     store = Store(str(tmp_path / "store"))
-    given = answers(actor(tiny, store, truncation="error"), cut, 3)
+    given = answers(actor(tiny, store, ("0", "1")), cut, 3)
     failed = [number for number, answer in enumerate(given) if answer["error"]]
-    assert failed == [10]
-    assert given[10]["error"] == "SourceError"
-    assert "longer than encoder.max_length" in given[10]["value"]
+    assert failed == [15]
+    assert given[15]["error"] == "SourceError"
+    assert "label 'odd' is none of data.labels" in given[15]["value"]
     done = store.done([unit.key for unit in cut])
-    assert set(done) == {unit.key for unit in cut} - {cut[10].key}
+    assert set(done) == {unit.key for unit in cut} - {cut[15].key}
     for number, answer in enumerate(given):  # a receipt is given once its shard is whole, and says what the shard says
-        if number != 10:
+        if number != 15:
             assert done[cut[number].key] == Receipt(**json.loads(answer["value"]))
+    assert store.attempts() == []
+
+
+def test_a_row_that_fails_is_set_aside_with_its_reason(tiny, tmp_path, cut):
+    plain, strict = Store(str(tmp_path / "plain")), Store(str(tmp_path / "strict"))
+    answers(actor(tiny, plain), cut[10:11], 1)
+    (answer,) = answers(actor(tiny, strict, truncation="error"), cut[10:11], 1)
+    receipt = Receipt(**json.loads(answer["value"]))
+    assert (receipt.rows, receipt.rejected, receipt.truncated) == (2, 1, 0)
+    assert receipt.labels == {"0": 2}
+    (reject,) = strict.rejects(receipt.unit)
+    assert reject == {
+        "id": "rows.jsonl:31",
+        "reason": "longer than 64 tokens",
+        "preview": ("text number 31 " * 40)[:80],
+    }
+    kept, all_rows = strict.check(receipt), plain.check(plain.receipt(cut[10].key))
+    assert kept.equals(all_rows.take([0, 2]).cast(kept.schema))
+
+
+def test_a_unit_whose_processes_end_again_and_again_is_given_up(tiny, tmp_path, cut):
+    store = Store(str(tmp_path / "store"))
+    for number in range(1, 6):  # each time as if the process had ended
+        assert store.begin(cut[0].key, "run").number == number
+    (answer,) = answers(actor(tiny, store, run="run"), cut[:1], 1)
+    assert answer["error"] == "StoreError"
+    assert f"{cut[0].url}, rows 0 to 3: encoder processes have ended 5 times" in answer["value"]
+    (answer,) = answers(actor(tiny, store, run="another"), cut[:1], 1)  # another run has its own attempts
+    assert Receipt(**json.loads(answer["value"])).lost == 6
+    assert store.attempts() == []
+    assert answers(actor(tiny, store, run="third"), cut[:1], 1)[0]["value"] == answer["value"]  # done is done
 
 
 def test_a_disk_that_is_full_is_one_line(tiny, tmp_path, cut):
