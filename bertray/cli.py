@@ -42,17 +42,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         with os.fdopen(answer, "w") as stdout:
             print(json.dumps(result, ensure_ascii=False), file=stdout)
-    return 0
+    return 0 if (result or {}).get("ok", True) else 2
 
 
-def command() -> NoReturn:
+def command(arguments: Sequence[str] | None = None) -> NoReturn:
     """The command as a process: `main`, and out. Python's own way out, which takes torch and all else down piece by
     piece, can take a second; by now nothing is left to be ended or written."""
-    code = main()
+    ended = _told_if_killed()
+    try:
+        code = main(arguments)
+    finally:
+        with suppress(OSError):
+            os.write(ended, b".")
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # nobody reads any more
             stream.flush()
     os._exit(code)
+
+
+def _told_if_killed() -> int:
+    """Start a process that does nothing but wait for this one, and says so where this one ends without a word: by the
+    kernel, out of memory, or by Ray, which takes its drivers along when its node ends.
+
+    Returns:
+        What to write a byte to when all is said.
+    """
+    waiting, ended = os.pipe()
+    if os.fork():
+        os.close(waiting)
+        return ended
+    os.close(ended)
+    for stream in (0, 1):  # whoever reads the output must not wait for this process
+        os.close(stream)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if not os.read(waiting, 1):
+        line = (
+            "bertray: ended from outside: killed, out of memory, or Ray's node on this machine ended. What is written "
+            "is kept: the same command goes on from here.\n"
+        )
+        with suppress(OSError):
+            os.write(2, line.encode())
+    os._exit(0)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
@@ -103,6 +134,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--host", default="127.0.0.1")
     command.add_argument("--port", type=int, default=8000)
     command.set_defaults(action=_serve)
+    for name, action, text in (
+        ("status", _status, "what of a run is done, missing and set aside, and at what speed"),
+        ("verify", _verify, "check every shard of a run: checksums, counts, ids, vectors"),
+    ):
+        command = commands.add_parser(name, parents=[common], help=text, description=text)
+        command.add_argument("run", help="folder of a run, such as runs/demo (or URL)")
+        command.set_defaults(action=action)
+    command.add_argument("--repair", action="store_true", help="encode again what is damaged or missing")
     command = commands.add_parser("spec", parents=[common], help="print all keys of a spec with their defaults")
     command.set_defaults(action=_spec)
     return parser
@@ -146,6 +185,9 @@ def _print_summary(summary: dict[str, Any]) -> None:
         ]
         print(f"{name:<9} {rows['rows']:,} rows, {rows['tokens']:,} tokens{''.join(', ' + note for note in notes)}")
     print(f"{'encoder':<9} {', '.join(summary['encoder']['backends'])}")
+    if any(summary["faults"].values()):
+        faults = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in summary["faults"].items() if count)
+        print(f"{'faults':<9} {faults}")
     for name, metrics in summary.get("metrics", {}).items():
         print(
             f"{name:<9} accuracy {metrics['accuracy']:.4f}, macro F1 {metrics['macro_f1']:.4f}, "
@@ -197,6 +239,54 @@ def _serve(options: argparse.Namespace) -> None:
     from bertray.spec import RaySizes
 
     run(options.bundle, options.host, options.port, RaySizes())
+
+
+def _status(options: argparse.Namespace) -> dict[str, Any]:
+    from bertray.audit import status
+
+    found = status(options.run)
+    if not options.json:
+        for store in found["stores"]:
+            print(_status_line(store))
+            for unit in store["at_work"]:
+                print(
+                    f"  at work: {unit['file']}, rows {unit['start']:,} to {unit['stop']:,}, process {unit['pid']} on "
+                    f"{unit['host']}, begun {unit['seconds']:,.0f} s ago"
+                )
+        running = found["running"]
+        print("running   " + (f"process {running['pid']} on {running['host']}" if running else "no"))
+        print(f"head      {'fitted' if found['head'] else 'not fitted yet'}")
+        print(f"report    {found['output'] + '/report.html' if found['report'] else 'not written yet'}")
+    return found
+
+
+def _status_line(store: dict[str, Any]) -> str:
+    notes = [
+        f"{store['rows_done']:,} of {store['rows']:,} rows in {store['units_done']:,} of {store['units']:,} units",
+        f"{store['rows_missing']:,} missing" if store["rows_missing"] else "",
+        f"{store['rejected']:,} set aside",
+        f"{store['units_begun_again']:,} units begun again" if store["units_begun_again"] else "",
+        f"{store['rows_per_second']:,.0f} rows/s",
+        f"{store['seconds_left']:,.0f} s left at that" if store["seconds_left"] else "",
+        "" if store["complete"] else "not complete",
+    ]
+    return f"{store['split']:<9} {', '.join(filter(None, notes))}"
+
+
+def _verify(options: argparse.Namespace) -> dict[str, Any]:
+    from bertray.audit import verify
+
+    found = verify(options.run, options.repair)
+    if not options.json:
+        for store in found["stores"]:
+            problems = len(store["problems"])
+            state = f"{problems:,} problem{'s' if problems > 1 else ''}" if problems else "all right"
+            print(f"{store['name']}: {store['shards']:,} shards, {store['rows']:,} rows: {state}")
+            for line in (*store["problems"], *store["notes"]):
+                print(f"  {line}")
+        if not found["ok"]:
+            print(f"bertray verify --repair {options.run} encodes again what is damaged or missing.", file=sys.stderr)
+    return found
 
 
 def _spec(options: argparse.Namespace) -> dict[str, Any]:

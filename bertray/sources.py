@@ -53,6 +53,7 @@ class Unit:
     stamp: str
     start: int
     stop: int
+    version: str = ""
 
     @property
     def key(self) -> str:
@@ -98,6 +99,22 @@ def units(source: Source, columns: Columns, unit_rows: int | str = "auto") -> li
     head = replace(first, stop=min(first.stop, _PREVIEW_ROWS))
     Reader(columns).read(head)  # mistakes in columns show before anything is started
     return found
+
+
+def looked_at_again(units: Iterable[Unit]) -> tuple[Unit, ...]:
+    """The same units of files that may have been copied or touched since.
+
+    Raises:
+        SourceError: a file is gone, or its content is another.
+    """
+    versions: dict[str, str] = {}
+    for unit in units:
+        if unit.url not in versions:
+            found = Location(unit.url).match()
+            if not found or _stamp(found[0]) != unit.stamp:
+                raise SourceError(f"{unit.url} is gone or not what it was when it was encoded. Run the spec again.")
+            versions[unit.url] = found[0].stamp
+    return tuple(replace(unit, version=versions[unit.url]) for unit in units)
 
 
 def find_files(source: Source) -> list[FileInfo]:

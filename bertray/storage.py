@@ -205,6 +205,12 @@ class Location:
                 found.append(self._info(info, name))
         return sorted(found, key=lambda file: file.name)
 
+    def folders(self) -> list[str]:
+        """The names of the folders in this one, sorted."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True)
+        found = self.patiently(lambda: self.fs.get_file_info(selector))
+        return sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
+
     def match(self) -> list[FileInfo]:
         """The files that this location names: itself, all below it, or those that fit its wildcards."""
         kind = self.kind

@@ -156,6 +156,12 @@ class Store:
         except (pa.ArrowException, OSError, KeyError, ValueError, TypeError):
             return None  # not whole: as good as missing
 
+    def forget(self, unit: str) -> None:
+        """Remove what there is of a unit, and the manifest, which would be wrong."""
+        self._manifest.delete()
+        self.shard(unit).delete()
+        self._rejects(unit).delete()
+
     def _rejects(self, unit: str) -> Location:
         return self.location / "rejects" / f"{unit}.jsonl"
 

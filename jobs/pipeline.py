@@ -2,6 +2,6 @@
 
 import sys
 
-from bertray.cli import main
+from bertray.cli import command
 
-sys.exit(main(["run", *sys.argv[1:]]))
+command(["run", *sys.argv[1:]])
