@@ -1,6 +1,6 @@
 """The frozen BERT: texts to one vector each. Knows nothing of Ray, of files of rows, or of heads.
 
-This is the only inference path: stores, batch prediction and serving all call `Encoder.encode`. Texts are tokenized
+This is the only inference path: stores, batch prediction and serving all call `Encoder`. Texts are tokenized
 once and sorted by length inside a large block; a backend runs them in packs without padding; vectors come back in the
 order of the texts. While one block is encoded the next is tokenized.
 """

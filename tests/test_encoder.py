@@ -225,19 +225,21 @@ def by_hand(minilm, text, pair, max_length, overlap):
     return means | {"max": np.max(found["max"], 0)}, len(weights)
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("paired", [False, True])
-def test_windows_are_those_of_transformers_one_at_a_time(minilm, pooling, paired):
-    rng = np.random.default_rng(1)
+@pytest.fixture(scope="module", params=["texts", "pairs"])
+def windowed(minilm, request):
+    """Texts or pairs of which the second is long, and what transformers makes of that."""
     words = ["cat", "naïve", "sun", "xylophonists", "house", "water", "the", "green"]
-    long = " ".join(rng.choice(words, 400))
+    long = " ".join(np.random.default_rng(1).choice(words, 400))
+    if request.param == "texts":
+        return ["a short one", long, ""], None, *by_hand(minilm, long, None, 128, 16)
+    return ["a short one", "what is it", "x"], ["y", long, "z"], *by_hand(minilm, "what is it", long, 128, 16)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_windows_are_those_of_transformers_one_at_a_time(minilm, windowed, pooling):
+    texts, pairs, expected, windows = windowed
     spec = EncoderSpec(pooling=pooling, precision="fp32", max_length=128, truncation="window", overlap=16)
-    encoder = Encoder(minilm, spec)
-    texts, pairs = (
-        (["a short one", "what is it", "x"], ["y", long, "z"]) if paired else (["a short one", long, ""], None)
-    )
-    encoded = encoder.encode(texts, pairs)
-    expected, windows = by_hand(minilm, texts[1], long if paired else None, 128, 16)
+    encoded = Encoder(minilm, spec).encode(texts, pairs)
     assert encoded.windows.tolist() == [1, windows, 1]
     assert windows > 4
     assert not encoded.truncated.any()
