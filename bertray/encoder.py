@@ -1,6 +1,6 @@
 """The frozen BERT: texts to one vector each. Knows nothing of Ray, of files of rows, or of heads.
 
-This is the only inference path: stores, batch prediction and serving all call `Encoder.encode`. Texts are tokenized
+This is the only inference path: stores, batch prediction and serving all call `Encoder`. Texts are tokenized
 once and sorted by length inside a large block; a backend runs them in packs without padding; vectors come back in the
 order of the texts. While one block is encoded the next is tokenized.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import pairwise
 from threading import Lock
 from typing import Any
 
@@ -31,6 +32,7 @@ Vectors = NDArray[np.float32] | NDArray[np.float16]
 # takes hundreds of bytes a token for a while.
 _CHARACTERS = 2048
 _PROBE = "a plain text"
+_PARTS = 4  # of a block that failed: with many bad rows halves take twice as many passes over the good ones
 _REASON = 300  # characters of a reason
 
 
@@ -137,7 +139,7 @@ class Encoder:
     def _salvage(
         self, texts: Sequence[str], pairs: Sequence[str] | None, span: slice, out: Encoded, finish: Callable[[], None]
     ) -> dict[int, str]:
-        """Finish a block. Where it fails, encode it by halves, and those by theirs, down to the rows that fail."""
+        """Finish a block. Where it fails, encode it in parts, and those in theirs, down to the rows that fail."""
         try:
             finish()
             return {}
@@ -151,11 +153,11 @@ class Encoder:
             if span.stop - span.start == 1:
                 self._probe(error, pairs is not None)
                 return {span.start: _reason(error)}
-        middle = (span.start + span.stop) // 2
         failed: dict[int, str] = {}
-        for half in (slice(span.start, middle), slice(middle, span.stop)):
-            begun = self._begun(self._job(texts, pairs, half, strict=False), out.part(half))
-            failed.update(self._salvage(texts, pairs, half, out, begun))
+        edges = np.unique(np.linspace(span.start, span.stop, _PARTS + 1).astype(int)).tolist()
+        for part in (slice(start, stop) for start, stop in pairwise(edges)):
+            begun = self._begun(self._job(texts, pairs, part, strict=False), out.part(part))
+            failed.update(self._salvage(texts, pairs, part, out, begun))
         return failed
 
     def _probe(self, error: Exception, paired: bool) -> None:

@@ -154,19 +154,24 @@ class Tokenizer:
     def _whole(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Tokens:
         """Tokens of texts or pairs, however many."""
         if self._fast is not None and not self._compared:
-            self._compared = True
             self._fast = self._fast if self._agrees(texts) else None
+            self._compared = True
         tokens = self._encode_fast(texts) if pairs is None else None
         return tokens or self._encode(texts, pairs)
 
     def _encode(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Tokens:
-        encoded = self._tokenizer(
-            list(texts),
-            list(pairs) if pairs is not None else None,
-            verbose=False,
-            return_attention_mask=False,
-            return_token_type_ids=True,
-        )
+        try:
+            encoded = self._tokenizer(
+                list(texts),
+                list(pairs) if pairs is not None else None,
+                verbose=False,
+                return_attention_mask=False,
+                return_token_type_ids=True,
+            )
+        except TypeError:  # what it says of lone surrogates does not name them
+            for text in (*texts, *(pairs or ())):
+                text.encode()
+            raise
         offsets = np.zeros(len(texts) + 1, np.int64)
         np.cumsum([len(row) for row in encoded["input_ids"]], out=offsets[1:])
         ids, types = (_flat(encoded[name], int(offsets[-1])) for name in ("input_ids", "token_type_ids"))

@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -194,3 +195,255 @@ def test_the_notebooks_outputs_of_bert_base():
     np.testing.assert_allclose(pooled[:10], printed, atol=1e-3)
     first = Encoder(checkpoint, EncoderSpec(pooling="cls", precision="fp32")).encode(*pair).vectors[0]
     np.testing.assert_allclose(first[:10], [-0.23, 0.37, -0.34, -0.35, -0.91, 0.01, 0.67, 0.64, 0.10, -0.32], atol=0.01)
+
+
+def by_hand(minilm, text, pair, max_length, overlap):
+    """A long text, or a pair whose second is long, by every pooling: transformers, one window at a time."""
+    from transformers import AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(minilm.folder, dtype=torch.float32).eval()
+    words = AutoTokenizer.from_pretrained(minilm.folder)
+    head, long = ([], text) if pair is None else (words.encode(text, add_special_tokens=False), pair)
+    content = words.encode(long, add_special_tokens=False, verbose=False)
+    room = max_length - 2 - (len(head) + 1 if pair else 0)
+    found, weights = {name: [] for name in POOLINGS}, []
+    for start in range(0, len(content) - overlap, room - overlap):
+        part = content[start : start + room]
+        ids = [101, *head, *([102] if pair else []), *part, 102]
+        types = [0] * (len(head) + 2 if pair else len(ids)) + ([1] * (len(part) + 1) if pair else [])
+        with torch.no_grad():
+            output = model(input_ids=torch.tensor([ids]), token_type_ids=torch.tensor([types]))
+        hidden = output.last_hidden_state[0]
+        for name, vector in zip(
+            ("pooler", "cls", "mean", "max"),
+            (output.pooler_output[0], hidden[0], hidden.mean(0), hidden.amax(0)),
+            strict=True,
+        ):
+            found[name].append(vector.numpy())
+        weights.append(len(head) + len(part))
+    means = {name: np.average(rows, 0, weights) for name, rows in found.items()}
+    return means | {"max": np.max(found["max"], 0)}, len(weights)
+
+
+@pytest.fixture(scope="module", params=["texts", "pairs"])
+def windowed(minilm, request):
+    """Texts or pairs of which the second is long, and what transformers makes of that."""
+    words = ["cat", "naïve", "sun", "xylophonists", "house", "water", "the", "green"]
+    long = " ".join(np.random.default_rng(1).choice(words, 400))
+    if request.param == "texts":
+        return ["a short one", long, ""], None, *by_hand(minilm, long, None, 128, 16)
+    return ["a short one", "what is it", "x"], ["y", long, "z"], *by_hand(minilm, "what is it", long, 128, 16)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_windows_are_those_of_transformers_one_at_a_time(minilm, windowed, pooling):
+    texts, pairs, expected, windows = windowed
+    spec = EncoderSpec(pooling=pooling, precision="fp32", max_length=128, truncation="window", overlap=16)
+    encoded = Encoder(minilm, spec).encode(texts, pairs)
+    assert encoded.windows.tolist() == [1, windows, 1]
+    assert windows > 4
+    assert not encoded.truncated.any()
+    assert cosine(encoded.vectors[1:2], expected[pooling][None]).min() > 0.99999
+    np.testing.assert_allclose(encoded.vectors[1], expected[pooling], atol=2e-4)
+    # A text that fits is as it was.
+    cut = Encoder(minilm, spec.model_copy(update={"truncation": "truncate"})).encode(texts, pairs)
+    np.testing.assert_array_equal(encoded.vectors[[0, 2]], cut.vectors[[0, 2]])
+    assert (cut.windows.tolist(), cut.truncated.tolist()) == ([1, 1, 1], [False, True, False])
+    assert cosine(encoded.vectors[1:2], cut.vectors[1:2]).max() < 0.9999
+
+
+def test_a_text_of_megabytes_has_one_vector(tiny):
+    import resource
+
+    encoder = Encoder(find(str(tiny)), EncoderSpec(pooling="mean", truncation="window"))
+    text = " ".join(np.random.default_rng(0).choice(["cat", "dog", "sun", "tree"], 500_000))  # 2 MB
+    encoder.encode(["a"])
+    before, steps = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, encoder.steps
+    encoded = encoder.encode([text, "a cat"])
+    assert encoded.windows.tolist() == [1121, 1]
+    assert encoded.tokens.tolist() == [500_000 + 1120 * 64 + 1121 * 2, 4]
+    np.testing.assert_array_equal(encoded.vectors[1], encoder.encode(["a cat"]).vectors[0])
+    assert encoder.steps > steps + 100
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700_000  # kB
+
+
+def test_blocks_of_long_texts_hold_fewer():
+    from bertray.encoder import _spans
+
+    texts = ["x" * 10_000, "y", "z" * 3000, *["short"] * 20]
+    for pairs in (None, [""] * len(texts)):
+        spans = [(span.start, span.stop) for span in _spans(texts, pairs, 4)]
+        assert spans == [(0, 1), (1, 5), (5, 9), (9, 13), (13, 17), (17, 21), (21, 23)]
+    assert _spans([], None, 4) == []
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny):
+    return Encoder(find(str(tiny)), EncoderSpec(pooling="mean", max_length=40))
+
+
+def short_texts(count):
+    return [f"{'cat ' * (i % 7)} {i}" for i in range(count)]
+
+
+def assert_rest_is_the_same(encoder, texts, encoded, failed, plain):
+    good = np.setdiff1d(np.arange(len(texts)), list(failed))
+    for name in ("vectors", "tokens", "truncated", "windows"):
+        assert np.array_equal(getattr(encoded, name)[good], getattr(plain, name)[good]) or (
+            name == "vectors"
+            and not isinstance(encoder.backend, NativeBackend)
+            and np.allclose(encoded.vectors[good], plain.vectors[good], atol=2e-2)
+        )
+        assert not getattr(encoded, name)[list(failed)].any()
+
+
+@pytest.mark.parametrize("bad", [[], [0], [99], [3, 4, 50], list(range(100))])
+def test_rows_that_cannot_be_tokenized_are_set_aside(encoder, bad):
+    texts = short_texts(100)
+    plain = encoder.encode(texts)
+    spoilt = [text + "\ud800" if i in bad else text for i, text in enumerate(texts)]
+    for block in (8192, 16):
+        encoder.backend.block, before = block, encoder.backend.block
+        encoded, failed = encoder.encode_rows(spoilt)
+        encoder.backend.block = before
+        assert list(failed) == bad
+        assert all(reason.startswith("UnicodeEncodeError: 'utf-8' codec") for reason in failed.values())
+        assert all("\n" not in reason and reason.isascii() for reason in failed.values())
+        assert_rest_is_the_same(encoder, texts, encoded, failed, plain)
+    _, failed = encoder.encode_rows(texts, spoilt)
+    assert list(failed) == bad
+    if bad:
+        with pytest.raises(UnicodeEncodeError):
+            encoder.encode(spoilt)
+
+
+def test_rows_that_are_too_long_are_set_aside_without_a_search(tiny):
+    encoder = Encoder(find(str(tiny)), EncoderSpec(pooling="mean", max_length=8, truncation="error"))
+    texts = short_texts(100)
+    encoded, failed = encoder.encode_rows(texts)
+    assert failed == {i: "longer than 8 tokens" for i in range(100) if i % 7 == 6}
+    assert encoder._blocks_begun == 1
+    plain = Encoder(find(str(tiny)), EncoderSpec(pooling="mean", max_length=8)).encode(texts)
+    assert_rest_is_the_same(encoder, texts, encoded, failed, plain)
+    assert len(encoder.encode_rows(["word " * 20])[1]) == 1
+    with pytest.raises(SourceError, match="longer than encoder.max_length"):
+        encoder.encode(texts)
+
+
+def enlarged(tiny, folder, change):
+    """The tiny checkpoint with other weights."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny, folder)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return find(str(folder))
+
+
+def test_rows_whose_vectors_cannot_be_stored_are_set_aside(tiny, tmp_path):
+    zebra = 29145
+
+    def change(weights):
+        weights["embeddings.word_embeddings.weight"][:, 0] = 0
+        weights["embeddings.word_embeddings.weight"][zebra, 0] = 1e3
+        for norm in ("embeddings.LayerNorm", *(f"encoder.layer.{i}.attention.output.LayerNorm" for i in range(2))):
+            weights[f"{norm}.weight"][:] = 1
+        weights["encoder.layer.1.output.LayerNorm.weight"][0] = 1.4e4  # of at most 5.6, and 65,504 are the limit
+
+    def failing(weights):
+        weights["encoder.layer.1.output.LayerNorm.bias"][:] = 1e6
+
+    encoder = Encoder(enlarged(tiny, tmp_path / "one", change), EncoderSpec(pooling="max", precision="auto"))
+    texts = short_texts(60)
+    spoilt = [f"zebra {text}" if i in (7, 30) else text for i, text in enumerate(texts)]
+    encoded, failed = encoder.encode_rows(spoilt)
+    assert failed == dict.fromkeys((7, 30), "its vector exceeds what float16 can hold")
+    assert_rest_is_the_same(encoder, texts, encoded, failed, encoder.encode(texts))
+    with pytest.raises(CheckpointError, match="exceed what can be stored. Set encoder.precision to fp32"):
+        encoder.encode(spoilt)
+    hopeless = Encoder(enlarged(tiny, tmp_path / "all", failing), EncoderSpec(pooling="max", precision="auto"))
+    with pytest.raises(CheckpointError, match="exceed what can be stored"):
+        hopeless.encode_rows(texts)
+
+
+def test_a_vocabulary_that_is_too_small_for_one_row(tiny):
+    encoder = Encoder(find(str(tiny)), EncoderSpec(pooling="mean"))
+    texts = [*short_texts(20), "zebra"]  # token 29145
+    encoder._vocabulary = 29000
+    encoded, failed = encoder.encode_rows(texts)
+    assert list(failed) == [20]
+    assert "gives token 29145, but its model knows 29000" in failed[20]
+    assert np.isfinite(encoded.vectors).all()
+    encoder._vocabulary = 1000
+    with pytest.raises(CheckpointError, match="gives token"):
+        encoder.encode_rows(texts)
+
+
+@pytest.mark.parametrize(
+    ("error", "set_aside"),
+    [
+        (RuntimeError("no such\nkernel"), True),
+        (CheckpointError("A text of 9 tokens does not fit the memory of the cuda device."), True),
+        (MemoryError("out"), False),
+        (OSError("gone"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+@pytest.mark.parametrize("late", [False, True])
+def test_only_errors_of_rows_set_rows_aside(tiny, monkeypatch, error, set_aside, late):
+    encoder = Encoder(find(str(tiny)), EncoderSpec(pooling="mean"))
+    texts = [*short_texts(50), "zebra", *short_texts(30)]
+    plain = encoder.encode(texts)
+    start, calls = encoder.backend.start, []
+
+    def failing(tokens):
+        calls.append(1)
+        finish = start(tokens)
+        if not (tokens.ids == 29145).any():
+            return finish
+
+        def fail():
+            raise error
+
+        return fail if late else fail()
+
+    monkeypatch.setattr(encoder.backend, "start", failing)
+    if not set_aside:
+        with pytest.raises(type(error), match=str(error)[:10]):
+            encoder.encode_rows(texts)
+        assert len(calls) == 1
+        return
+    encoded, failed = encoder.encode_rows(texts)
+    assert list(failed) == [50]
+    assert failed[50] in (str(error), "RuntimeError: no such kernel")
+    assert_rest_is_the_same(encoder, texts, encoded, failed, plain)
+    assert len(calls) < 30
+
+
+def test_what_no_text_survives_is_raised(tiny, monkeypatch):
+    encoder = Encoder(find(str(tiny)), EncoderSpec(pooling="mean"))
+
+    def failing(tokens):
+        raise RuntimeError(f"broken at {len(tokens.lengths)}")
+
+    monkeypatch.setattr(encoder.backend, "start", failing)
+    with pytest.raises(RuntimeError, match="broken at 1"):
+        encoder.encode_rows(short_texts(50))
+
+
+def test_one_block_needs_no_thread(encoder, monkeypatch):
+    monkeypatch.setattr("bertray.encoder.ThreadPoolExecutor", None)
+    assert encoder.encode(short_texts(50)).vectors.shape == (50, 32)
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
+def test_steps_grow_with_every_pack(tiny, precision):
+    encoder = Encoder(find(str(tiny)), EncoderSpec(pooling="mean", precision=precision))
+    seen = [encoder.steps]
+    for _ in range(3):
+        encoder.encode(short_texts(3000))
+        seen.append(encoder.steps)
+    assert all(b - a > 6 for a, b in pairwise(seen))

@@ -54,6 +54,11 @@ def test_all_mistakes_are_told_at_once_with_place_and_what_is_allowed(tmp_path):
         ("a: {{ x }}", "is not YAML"),
         ("head: {seed: 4294967296}", "head.seed must be a whole number of at least 0 and at most 4294967295."),
         ("head: {lr: 1}\nhead: {lr: 2}", "head is given twice."),
+        (
+            "encoder: {truncation: window, max_length: 60}",
+            "bad.yaml:1: encoder: overlap must be less than 58 (max_length without [CLS] and [SEP]).",
+        ),
+        ("encoder: {overlap: -1}", "encoder.overlap must be a whole number of at least 0."),
         ("head: {lr: .nan}", "head.lr must be a number above 0"),
         ("task: translation", "task must be text-classification. Got"),
     ],

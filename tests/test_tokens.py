@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from conftest import SHARED
 
-from bertray.errors import SourceError
+from bertray.errors import SourceError, SpecError
 from bertray.tokens import Tokenizer, Tokens
 
 NOTEBOOK_IDS = [101, 1045, 2001, 24907, 999, 102, 1045, 10749, 2300, 1024, 1040, 102]
@@ -125,3 +125,129 @@ def test_nanotoken_is_left_where_it_differs(minilm, plain, caplog):
     assert np.array_equal(tokenizer(texts).ids, plain(texts).ids)
     assert tokenizer._fast is None
     assert "nanotoken gives other ids" in caplog.text
+
+
+@pytest.fixture(scope="module", params=["bert", "roberta"])
+def kin(request, minilm, tmp_path_factory):
+    """A folder with MiniLM's words and the special tokens of BERT, or as RoBERTa sets them: two between a pair."""
+    from tokenizers.processors import RobertaProcessing
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if request.param == "bert":
+        return minilm.folder
+    folder = tmp_path_factory.mktemp("roberta")
+    words = AutoTokenizer.from_pretrained(minilm.folder).backend_tokenizer
+    words.post_processor = RobertaProcessing(("[SEP]", 102), ("[CLS]", 101))
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]").save_pretrained(folder)
+    return folder
+
+
+def numbers(count, first=0):
+    """A text of `count` words of one token each, hardly ever one after itself."""
+    words = ["cat", "dog", "sun", "tree", "house", "water", "green", "and", "of", "the", "in", "red", "blue", "man"]
+    return " ".join(words[(first + i * i) % len(words)] for i in range(count))
+
+
+def rows_of(tokens):
+    return [tokens.ids[start:stop].tolist() for start, stop in zip(tokens.offsets, tokens.offsets[1:], strict=False)]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("max_length", [11, 12])
+def test_what_is_cut_is_what_transformers_cuts(kin, max_length, side):
+    from transformers import AutoTokenizer
+
+    ours = Tokenizer(kin, max_length)
+    ours._tokenizer.truncation_side = side
+    theirs = AutoTokenizer.from_pretrained(kin, truncation_side=side)
+    sizes = [0, 1, 3, 4, 5, 6, 9, 10, 40]
+    firsts, seconds = zip(*((numbers(a), numbers(b, 5)) for a in sizes for b in sizes), strict=True)
+    for texts in ((list(firsts),), (list(firsts), list(seconds))):
+        expected = theirs(*texts, truncation=True, max_length=max_length, return_token_type_ids=True)
+        tokens = ours(*texts)
+        assert rows_of(tokens) == expected["input_ids"]
+        assert tokens.types.tolist() == [kind for row in expected["token_type_ids"] for kind in row]
+        whole = theirs(*texts)["input_ids"]
+        assert tokens.truncated.tolist() == [len(row) > max_length for row in whole]
+
+
+@pytest.mark.parametrize(("max_length", "overlap"), [(12, 0), (12, 3), (13, 9), (512, 64)])
+def test_windows_hold_every_token_and_share_the_overlap(kin, max_length, overlap):
+    tokenizer = Tokenizer(kin, max_length, "window", overlap)
+    room = max_length - 2
+    texts = [numbers(n) for n in (0, 1, room - 1, room, room + 1, 2 * room - overlap, 2 * room - overlap + 1, 5 * room)]
+    whole = [row[1:-1] for row in rows_of(Tokenizer(kin, 10_000)(texts))]
+    tokens = tokenizer(texts)
+    assert tokens.windows.counts[:7].tolist() == [1, 1, 1, 1, 2, 2, 3]
+    assert not tokens.truncated.any()
+    rows = rows_of(tokens)
+    assert max(map(len, rows)) == max_length
+    assert tokens.windows.weights.tolist() == [len(row) - 2 for row in rows]
+    for text, first, count in zip(whole, tokens.windows.first, tokens.windows.counts, strict=True):
+        joined = []
+        for row in rows[first : first + count]:
+            assert (row[0], row[-1]) == (101, 102)
+            shared = overlap if joined else 0
+            assert row[1 : 1 + shared] == joined[len(joined) - shared :]
+            joined += row[1 + shared : -1]
+        assert joined == text
+
+
+def test_windows_of_pairs_keep_the_shorter_text_whole(kin):
+    tokenizer = Tokenizer(kin, 20, "window", 3)
+    between = 20 - len(rows_of(Tokenizer(kin, 20)([""], [""]))[0])  # room for both texts
+    pairs = [(5, 60), (60, 5), (5, 5), (between // 2, 60), (between // 2 + 1, 60), (60, 61)]
+    firsts, seconds = [numbers(a) for a, _ in pairs], [numbers(b, 5) for _, b in pairs]
+    tokens = tokenizer(firsts, seconds)
+    assert tokens.truncated[tokens.windows.first].tolist() == [False, False, False, False, True, True]
+    rows = rows_of(tokens)
+    assert max(map(len, rows)) <= 20
+    single = Tokenizer(kin, 10_000)
+    for i, (first, count) in enumerate(zip(tokens.windows.first, tokens.windows.counts, strict=True)):
+        a, b = (row[1:-1] for row in rows_of(single([firsts[i], seconds[i]])))
+        own = rows[first : first + count]
+        frames = len(own[0]) - tokens.windows.weights[first]
+        longer, shorter = (a, b) if len(a) > len(b) else (b, a)
+        kept = shorter[: between // 2] if len(shorter) > between // 2 else shorter
+        seen = []
+        for row in own:
+            content = row[1:-1]
+            part = content[: len(content) - len(kept)] if longer is a else content[len(kept) :]
+            gap = frames - 2
+            part = part[:-gap] if longer is a else part[gap:]
+            assert (content[-len(kept) :] if longer is a else content[: len(kept)]) == kept
+            seen += part[3:] if seen else part
+        assert seen == longer
+
+
+def test_an_overlap_has_to_leave_room(kin):
+    with pytest.raises(SpecError, match="encoder.overlap must be less than 10 for texts of max_length 12. Got 10"):
+        Tokenizer(kin, 12, "window", 10)
+    with pytest.raises(SpecError, match=r"encoder.overlap must be less than \d for pairs of max_length 12. Got 9"):
+        Tokenizer(kin, 12, "window", 9)(["a"], ["b"])
+    with pytest.raises(SpecError, match=r"encoder.max_length must be at least \d for pairs. Got 3"):
+        Tokenizer(kin, 3)(["a"], ["b"])
+
+
+def test_texts_that_are_too_long_can_be_left_out(kin):
+    tokens = Tokenizer(kin, 12, "error")([numbers(3), numbers(50), numbers(10), numbers(11)], strict=False)
+    assert tokens.lengths.tolist() == [5, 0, 12, 0]
+    assert tokens.truncated.tolist() == [False, True, False, True]
+    assert rows_of(tokens)[0] == rows_of(Tokenizer(kin, 12)([numbers(3)]))[0]
+
+
+def test_a_lone_surrogate_is_named(minilm):
+    with pytest.raises(UnicodeEncodeError, match="surrogates not allowed"):
+        Tokenizer(minilm.folder, 12)(["fine", "\ud800"])
+
+
+def test_threads_that_cut_do_not_cut_for_others(minilm):
+    from concurrent.futures import ThreadPoolExecutor
+
+    tokenizer = Tokenizer(minilm.folder, 60)
+    tokenizer._fast = None
+    texts = [[numbers(40 + 40 * (i % 2))] * 20 for i in range(60)]
+    with ThreadPoolExecutor(4) as pool:
+        for i, tokens in enumerate(pool.map(tokenizer, texts)):
+            assert tokens.truncated.all() == (i % 2 == 1)
+            assert set(tokens.lengths) == {60 if i % 2 else 42}
