@@ -250,8 +250,8 @@ def _status(options: argparse.Namespace) -> dict[str, Any]:
             print(_status_line(store))
             for unit in store["at_work"]:
                 print(
-                    f"  at work: {unit['file']}, rows {unit['start']:,} to {unit['stop']:,}, process {unit['pid']} on "
-                    f"{unit['host']}, begun {unit['seconds']:,.0f} s ago"
+                    f"  {'at work' if found['running'] else 'broken off'}: {unit['file']}, rows {unit['start']:,} to "
+                    f"{unit['stop']:,}, process {unit['pid']} on {unit['host']}, begun {unit['seconds']:,.0f} s ago"
                 )
         running = found["running"]
         print("running   " + (f"process {running['pid']} on {running['host']}" if running else "no"))

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from unittest.mock import patch
 
 from bertray import solo
 from bertray.errors import ClusterError
@@ -56,9 +57,25 @@ def connected(sizes: RaySizes, alone: bool = False) -> Iterator[None]:
             f"{' '.join(str(error).split())[:300]}"
         ) from error
     try:
-        yield
+        with _without_rays_own_words():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _without_rays_own_words() -> Iterator[None]:
+    """Keeps Ray from printing what its nodes tell of processes that ended, on stdout and in many lines: what matters of
+    it is in the summary. The function is private to Ray: where it is not there, Ray prints."""
+    try:
+        from ray._private import worker
+
+        told = patch.object(worker, "print_to_stdstream", lambda data, **_: log.debug("ray: %s", data.get("lines")))
+    except (ImportError, AttributeError):
+        yield
+        return
+    with told:
+        yield
 
 
 def _check_reachable(address: str) -> None:

@@ -73,7 +73,8 @@ class Job:
 
 def made_by(spec: EncoderSpec, checkpoint: Checkpoint, columns: Columns, source: dict[str, Any]) -> dict[str, Any]:
     """All that makes the vectors of a source what they are. Its fingerprint names the store."""
-    settings = spec.model_dump(include={"pooling", "max_length", "truncation", "overlap", "precision"})
+    names = {"pooling", "max_length", "truncation", "precision"}
+    settings = spec.model_dump(include=names | ({"overlap"} if spec.truncation == "window" else set()))
     return {
         "recipe": RECIPE,
         **checkpoint.identity,
@@ -509,6 +510,8 @@ class UnitEncoder:
             self._new_retries(),
         )
         self._signs += 1
+        if done := self.job.stores[split].receipt(unit.key):  # another process has gone on with what this one had
+            return done
         return self.job.stores[split].write_shard(
             receipt, self.job.finish(batch.rows, encoded.vectors[kept]), batch.rejects
         )
