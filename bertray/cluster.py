@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from unittest.mock import patch
 
@@ -176,7 +176,7 @@ def end_process(node: str, pid: int, title: str) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     def end() -> None:
-        with open(f"/proc/{pid}/cmdline") as line:
+        with suppress(OSError), open(f"/proc/{pid}/cmdline") as line:  # it may have ended by itself
             if title in line.read():
                 os.kill(pid, signal.SIGKILL)
 

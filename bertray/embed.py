@@ -347,6 +347,7 @@ class _Watch:
     sign: float = field(default_factory=time.monotonic)
     looked: float = field(default_factory=time.monotonic)
     queued: bool = False  # whether other work held what the processes need
+    ended: set[tuple[str, int]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.queued = is_full(self.workers)
@@ -378,14 +379,17 @@ class _Watch:
             self._nothing()
 
     def _end(self, attempt: Attempt | None) -> None:
-        if attempt and attempt.run == self.job.run:
-            log.warning(
-                "embedding: process %d on %s has shown no sign of life for %d s: it is ended, and begun again",
-                attempt.pid,
-                attempt.host,
-                self.job.patience,
-            )
-            end_process(attempt.node, attempt.pid, UnitEncoder.__name__)
+        if not attempt or attempt.run != self.job.run or (attempt.node, attempt.pid) in self.ended:
+            return  # what was noted is of another run, or of a process that is gone
+        log.warning(
+            "embedding: process %d on %s has shown no sign of life for %d s: it is ended, and begun again",
+            attempt.pid,
+            attempt.host,
+            self.job.patience,
+        )
+        end_process(attempt.node, attempt.pid, UnitEncoder.__name__)
+        self.ended.add((attempt.node, attempt.pid))
+        self.sign = time.monotonic()
 
     def _nothing(self) -> None:
         if self.queued and is_full(self.workers):
@@ -410,7 +414,13 @@ class UnitEncoder:
         self.job = job
         self._readers = {split: Reader(columns) for split, columns in job.columns.items()}
         self._reading = ThreadPoolExecutor(1)
+        store, start = next(iter(job.stores.values())), f"start-{_actor()}"
         try:
+            if store.begin(start, job.run, _node()).number > _ATTEMPTS:
+                raise ClusterError(
+                    f"An encoder process on {platform.node()} has ended {_ATTEMPTS} times while it started: killed, or "
+                    "out of memory. Give each more memory (fewer ray.workers)."
+                )
             # Before torch loads its threads' library: a thread that has done its part sleeps soon. Threads that spin
             # for others take the processor from them where there are more threads than processors.
             if "OMP_WAIT_POLICY" not in os.environ:
@@ -430,6 +440,8 @@ class UnitEncoder:
             known = isinstance(error, BertrayError)
             line = f"An encoder process on {platform.node()} cannot start: {type(error).__name__}: {error}"
             self.failure = error if known else BertrayError(" ".join(line.split()))
+        with suppress(OSError):
+            store.end(start)
         self._at_work: dict[tuple[str, str], Attempt] = {}
         self._signs, self._retries, self._lock = 0, 0, threading.Lock()
         threading.Thread(target=self._pulse, name="bertray-pulse", daemon=True).start()
@@ -534,6 +546,13 @@ def _node() -> str:
     import ray
 
     return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
+
+
+def _actor() -> str:
+    """Ray's id of this actor, which it keeps when its process is started again; empty outside of Ray."""
+    import ray
+
+    return str(ray.get_runtime_context().get_actor_id()) if ray.is_initialized() else ""
 
 
 def set_aside(batch: Batch, failed: Mapping[int, str]) -> Batch:

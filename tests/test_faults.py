@@ -1,0 +1,183 @@
+"""What goes wrong while a run is at work: processes that hang or end, a disk that fills, a second run."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from chaos import bertray, contents, embed_spec, find
+from conftest import MINILM
+
+from bertray import audit
+
+ROWS = 1_500
+WORDS = "the cat sat on the mat and looked at the rain for a long while " * 8
+
+
+@pytest.fixture
+def many(rows_file):
+    """1,500 rows in 30 units, enough for the encoder to be met at work."""
+    return rows_file([{"id": f"r{i}", "text": f"{i} {WORDS}", "label": i % 2} for i in range(ROWS)])
+
+
+def spec(folder, many, **ray):
+    return embed_spec(
+        folder,
+        data={"train": many, "id": "id", "unit_rows": 50},
+        encoder={"model": MINILM, "pooling": "mean"},
+        ray={"address": "local", **ray},
+    )
+
+
+def ended(process, timeout=120):
+    output, errors = process.communicate(timeout=timeout)
+    return process.returncode, output, errors
+
+
+def wait_for(condition, process=None, timeout=60):
+    deadline = time.monotonic() + timeout
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    return found
+
+
+@pytest.fixture
+def end_at():
+    """A function that kills a command's encoder process each time it notes another attempt of a kind."""
+    stopped = threading.Event()
+    threads = []
+
+    def begin(process, run, kind):
+        def kill():
+            seen = set()
+            while not stopped.is_set() and process.poll() is None:
+                for note in run.rglob(f"running/{kind}"):
+                    with suppress(OSError, ValueError):
+                        attempt = json.loads(note.read_text())
+                        if attempt["pid"] not in seen:
+                            os.kill(attempt["pid"], signal.SIGKILL)
+                            seen.add(attempt["pid"])
+                time.sleep(0.02)
+
+        threads.append(threading.Thread(target=kill))
+        threads[-1].start()
+
+    yield begin
+    stopped.set()
+    for thread in threads:
+        thread.join()
+
+
+def test_a_process_that_hangs_is_ended_and_its_units_are_begun_again(many, tmp_path):
+    process = bertray("embed", spec(tmp_path, many, patience=4), "--json")
+    run = tmp_path / "run"
+    wait_for(lambda: list(run.rglob("running/*.json")) and list(run.rglob("shards/*")), process)
+    os.kill(find(process.pid, "worker"), signal.SIGSTOP)
+    code, output, errors = ended(process)
+    assert code == 0, errors
+    assert "has shown no sign of life for 4 s: it is ended, and begun again" in errors
+    assert 1 <= json.loads(output)["faults"]["units_begun_again"] <= 4
+    assert len(set(contents(run)[0])) == ROWS
+    assert audit.verify(str(run))["ok"]
+
+
+def test_a_process_that_ends_at_one_unit_again_and_again_stops_the_run_in_one_line(many, tmp_path, end_at):
+    """As a text would that the encoder's libraries die of."""
+    process, run = bertray("embed", spec(tmp_path, many)), tmp_path / "run"
+    end_at(process, run, "rows.jsonl-0000000500-*.json")
+    code, _, errors = ended(process, 200)
+    assert code == 2, errors
+    assert re.search(r"rows \d+ to \d+: encoder processes have ended 5 times while they were at work", errors)
+    assert "Traceback" not in errors
+    code, _, errors = ended(bertray("embed", tmp_path / "spec.json"))
+    assert code == 0, errors
+    assert len(set(contents(run)[0])) == ROWS
+
+
+def test_processes_that_cannot_start_stop_the_run_in_one_line(many, tmp_path, end_at):
+    process, run = bertray("embed", spec(tmp_path, many)), tmp_path / "run"
+    end_at(process, run, "start-*.json")
+    code, _, errors = ended(process, 150)
+    assert code == 2, errors
+    assert "has ended 5 times while it started: killed, or out of memory" in errors.strip().splitlines()[-1]
+    assert "Traceback" not in errors
+
+
+def test_a_second_run_of_the_same_spec_is_refused(many, tmp_path):
+    file = spec(tmp_path, many)
+    first = bertray("embed", file)
+    wait_for(lambda: list((tmp_path / "run").rglob("running/*.json")), first)
+    status = json.loads(ended(bertray("status", tmp_path / "run", "--json"))[1])
+    assert status["running"]["pid"] == first.pid
+    assert status["stores"][0]["rows_missing"] > 0
+    code, _, errors = ended(bertray("embed", file))
+    assert code == 2
+    assert f"Another run (process {first.pid} on " in errors
+    assert len(errors.strip().splitlines()) == 1
+    code, _, errors = ended(first)
+    assert code == 0, errors
+
+
+def test_a_run_that_is_killed_says_so(many, tmp_path):
+    process = bertray("embed", spec(tmp_path, many))
+    wait_for(lambda: list((tmp_path / "run").rglob("shards/*")), process)
+    os.kill(find(process.pid, "raylet"), signal.SIGKILL)
+    code, _, errors = ended(process)
+    assert code != 0
+    assert errors.strip().splitlines()[-1].startswith("bertray: ended from outside")
+    assert "the same command goes on from here" in errors
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB, and a function that makes room."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]).returncode:
+        pytest.skip("only root may mount a small file system")
+    try:
+        yield folder, lambda: subprocess.run(["mount", "-o", "remount,size=100m", folder], check=True)
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_disk_that_fills_is_one_line_and_with_room_the_same_command_finishes(many, tmp_path, small_disk):
+    disk, make_room = small_disk
+    spec(disk, many)
+    code, _, errors = ended(bertray("embed", disk / "spec.json"))
+    assert code == 2, errors
+    last = errors.strip().splitlines()[-1]
+    assert "No space left on device" in last
+    assert "the same command goes on from here" in last
+    assert len([line for line in errors.splitlines() if "No space" in line]) == 1
+    assert "Traceback" not in errors
+    done = len(list(disk.rglob("shards/*.parquet")))
+    assert not list(disk.rglob("*.partial"))
+    make_room()
+    code, _, errors = ended(bertray("embed", disk / "spec.json"))
+    assert code == 0, errors
+    assert done == 0 or f"{done * 50} of {ROWS} rows are done already" in errors
+    assert len(set(contents(disk / "run")[0])) == ROWS
+    assert audit.verify(str(disk / "run"))["ok"]
+
+
+def test_what_a_kill_left_half_written_is_swept(many, tmp_path):
+    file = spec(tmp_path, many)
+    assert ended(bertray("embed", file))[0] == 0
+    (store,) = (tmp_path / "run" / "stores").iterdir()
+    shard = sorted((store / "shards").iterdir())[3]
+    partial = Path(store / "shards" / f".{shard.name}.0a1b2c3d.partial")
+    partial.write_bytes(shard.read_bytes()[:1000])
+    shard.unlink()
+    (store / "manifest.json").unlink()
+    assert ended(bertray("embed", file))[0] == 0
+    assert not partial.exists()
+    assert len(set(contents(tmp_path / "run")[0])) == ROWS
