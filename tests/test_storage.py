@@ -92,3 +92,36 @@ def test_s3_reads_writes_lists_and_deletes(s3):
         assert cut[0].url == "s3://box/in/rows/a.jsonl"
     folder.delete()
     assert folder.files() == []
+
+
+def test_an_outage_is_waited_for_and_counted(s3, monkeypatch):
+    import os
+    import threading
+    from urllib.parse import urlsplit
+
+    from flaky import Flaky
+
+    from bertray import storage
+
+    (Location(s3) / "outage/file").write(b"content")
+    address = urlsplit(os.environ["AWS_ENDPOINT_URL"])
+    server = Flaky((address.hostname, address.port), share=1.0)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    before = storage.retries()
+    threading.Timer(6, lambda: setattr(server, "share", 0.0)).start()
+    assert (Location(s3) / "outage/file").read() == b"content"
+    assert storage.retries() > before
+    server.shutdown()
+
+
+def test_what_will_not_pass_is_not_waited_for(tmp_path, s3):
+    from bertray import storage
+
+    before = storage.retries()
+    for place in (Location(str(tmp_path)) / "none", Location(s3) / "none", Location("s3://no-such-bucket/none")):
+        with pytest.raises(OSError):
+            place.read()
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(OSError):
+        (Location(str(tmp_path)) / "file/below").write(b"x")
+    assert storage.retries() == before
