@@ -7,7 +7,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
 
-.PHONY: help demo test check serve bench clean
+.PHONY: help demo test check serve bench chaos clean
 
 help:
 	@echo "make demo   install, then embed, fit, judge and report on the demo rows"
@@ -15,6 +15,7 @@ help:
 	@echo "make test   install, then lint, type-check and run all tests"
 	@echo "make check  lint and type-check alone"
 	@echo "make bench  install, then measure the engine beside what else there is, into benchmarks/RESULTS.md"
+	@echo "make chaos  install, then kill workers, nodes and drivers at random and compare with an undisturbed run"
 	@echo "make clean  remove the environment and what runs wrote"
 
 demo: $(VENV)/demo.stamp
@@ -34,6 +35,9 @@ bench: $(VENV)/bench.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.engine --device cpu --write
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.job --write
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.scale --write
+
+chaos: $(VENV)/test.stamp
+	BERTRAY_KILLS=24 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_chaos.py -s
 
 $(VENV)/torch.stamp: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bertray needs Python 3.11 or newer: make PYTHON=python3.11 ...")'

@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 
 from bertray.errors import BertrayError
 
+_REASONS = 5  # why rows are set aside, in a summary
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
@@ -180,10 +182,17 @@ def _print_summary(summary: dict[str, Any]) -> None:
     for name, rows in summary["rows"].items():
         notes = [
             f"{rows[count]:,} {word}"
-            for count, word in (("empty", "empty"), ("truncated", "truncated"), ("rejected", "set aside"))
+            for count, word in (
+                ("empty", "empty"),
+                ("truncated", "truncated"),
+                ("windowed", "in several windows"),
+                ("rejected", "set aside"),
+            )
             if rows[count]
         ]
         print(f"{name:<9} {rows['rows']:,} rows, {rows['tokens']:,} tokens{''.join(', ' + note for note in notes)}")
+        for reason, count in sorted(rows["reasons"].items(), key=lambda item: -item[1])[:_REASONS]:
+            print(f"  set aside: {count:,} because {reason}")
     print(f"{'encoder':<9} {', '.join(summary['encoder']['backends'])}")
     if any(summary["faults"].values()):
         faults = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in summary["faults"].items() if count)
@@ -228,7 +237,8 @@ def _predict(options: argparse.Namespace) -> dict[str, Any]:
     counts = manifest.counts
     if not options.json:
         print(
-            f"{counts['rows']:,} rows labelled ({counts['truncated']:,} truncated, {counts['empty']:,} empty, "
+            f"{counts['rows']:,} rows labelled ({counts['truncated']:,} truncated, {counts['windowed']:,} in several "
+            f"windows, {counts['empty']:,} empty, "
             f"{counts['rejected']:,} set aside): {options.output}"
         )
     return {"output": options.output, **counts}

@@ -29,17 +29,20 @@ def test_texts_are_escaped_and_many_classes_fit():
     confusion = np.random.default_rng(0).integers(0, 9, (classes, classes))
     worst = [{"text": "<script>alert(1)</script>", "label": "l0", "predicted": "l1", "score": 0.9, "loss": 3.0}]
     evaluation = Evaluation(100, 0.5, confusion, worst)
-    rows = {"rejected": 0, "empty": 0, "truncated": 0, "reasons": {}}
+    rows = {"rejected": 0, "empty": 0, "truncated": 0, "windowed": 0, "reasons": {}}
     summary = {
         "encoder": {"model": "m", "pooling": "mean"},
         "metrics": {"test": evaluation.summary},
         "rows": {"test": rows},
+        "faults": {"units_begun_again": 3, "storage_retries": 1200},
         "seconds": {"embed": 1.0},
     }
     labels = [f"l{i}" for i in range(classes)]
     page = html("run", summary, {"test": evaluation}, labels, [1.0, 0.5], "spec", {"a": "1"})
     assert "<script" not in page
     assert "&lt;script&gt;" in page
+    assert "3 units were begun again" in page
+    assert "1,200 requests to storage were repeated" in page
 
 
 @pytest.mark.parametrize("width", [1280, 390])
