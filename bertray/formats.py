@@ -36,6 +36,9 @@ EXTENSIONS = {
     "txt": "text",
     "text": "text",
 }
+# Columns beside the user's, if rows are at fault: what is wrong with each, and what it holds.
+FAULT, RAW = "\0fault", "\0raw"
+_RAW_CHARACTERS = 200
 _COMPRESSIONS = {"gz": "gzip", "zst": "zstd", "bz2": "bz2", "lz4": "lz4"}
 _CHUNK = 8192
 
@@ -103,8 +106,13 @@ class Rows(ABC):
         self.position += passed
         return passed
 
+    def groups(self) -> list[int]:
+        """How many rows each part of the file has that can be read without those before it, from here to the end."""
+        return [self.count()]
+
     def read(self, start: int, stop: int) -> pa.Table:
-        """Rows start to stop; start must not lie behind `position`.
+        """Rows start to stop; start must not lie behind `position`. Rows that are not what they should be, but leave
+        those behind them to be read, are null, with the reason in the columns FAULT and RAW.
 
         Raises:
             SourceError: what is there cannot be read, or the file has fewer rows.
@@ -169,7 +177,10 @@ class _Parquet(_Batches):
         self._rest = None
 
     def count(self) -> int:
-        return self._file.metadata.num_rows - self.position
+        return sum(self.groups())
+
+    def groups(self) -> list[int]:
+        return [self._file.metadata.row_group(i).num_rows for i in range(len(self._ends))]
 
     def _skip(self, rows: int) -> int:
         target = self.position + rows
@@ -250,20 +261,29 @@ class _Text(_Lines):
         super()._open(location)
 
     def _table(self, lines: list[bytes]) -> pa.Table:
-        return pa.table({"text": pa.array([line.rstrip(b"\r\n").decode() for line in lines], pa.string())})
+        faults: dict[int, str] = {}
+        texts: list[str | None] = []
+        for row, line in enumerate(lines):
+            try:
+                texts.append(line.rstrip(b"\r\n").decode())
+            except UnicodeDecodeError:
+                texts.append(None)
+                faults[row] = f"line {self.position + row + 1} is not UTF-8 text"
+        return _with_faults(pa.table({"text": pa.array(texts, pa.string())}), faults, lines)
 
 
 class _JsonLines(_Lines):
     def _table(self, lines: list[bytes]) -> pa.Table:
-        records = []
-        for number, line in enumerate(lines, self.position + 1):
+        records: list[Any] = []
+        faults: dict[int, str] = {}
+        for row, line in enumerate(lines):
             try:
                 records.append(json.loads(line, parse_constant=_constant) if line.strip() else {})
-            except UnicodeDecodeError:
-                raise SourceError(f"{self.url}:{number} is not UTF-8 text.") from None
-            except ValueError as error:
-                raise SourceError(f"{self.url}:{number} is not JSON: {error}") from None
-        return _from_records(records, self)
+            except (ValueError, RecursionError) as error:
+                kind = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"JSON: {error}"
+                faults[row] = f"line {self.position + row + 1} is not {kind}"
+                records.append({})
+        return _from_records(records, self, faults, lines)
 
 
 class _JsonArray(Rows):
@@ -292,33 +312,65 @@ class _JsonArray(Rows):
         return _from_records(list(self._next(rows)), self)
 
 
-def _from_records(records: list[Any], rows: Rows) -> pa.Table:
+def _from_records(
+    records: list[Any], rows: Rows, faults: dict[int, str] | None = None, raw: Sequence[Any] = ()
+) -> pa.Table:
     """Records of JSON as a table. A key that a record lacks is null, but some record has to have it."""
-    for number, record in enumerate(records, rows.position + 1):
+    faults = {} if faults is None else faults
+    for row, record in enumerate(records):
         if not isinstance(record, dict):
-            raise SourceError(
-                f"{rows.url}: record {number} must be an object such as "
-                f'{{"text": ...}}. Got {str(record)[:60]!r} instead.'
-            )
-    if records and rows.position == 0:
+            faults[row] = f'record {rows.position + row + 1} must be an object such as {{"text": ...}}'
+    whole = raw or records
+    if faults:
+        records = [{} if row in faults else record for row, record in enumerate(records)]
+    if rows.position == 0 and len(faults) < len(records):
         rows._check_columns(list(dict.fromkeys(key for record in records for key in record)))
-    arrays = {}
-    for column in rows.columns:
-        values = [record.get(column) for record in records]
-        try:
-            arrays[column] = pa.array(values)
-        except UnicodeEncodeError as error:
-            raise SourceError(
-                f"{rows.url}: column {column!r} holds half a character (a lone surrogate) "
-                f"in {str(error.object)[:40]!a}. Remove it from the text."
-            ) from None
-        except (pa.ArrowException, OverflowError):  # strings and numbers, say: all as strings, as in a CSV file
-            if odd := [value for value in values if isinstance(value, (list, dict))]:
-                raise SourceError(
-                    f"{rows.url}: column {column!r} must hold strings or numbers. Got {str(odd[0])[:60]} instead."
-                ) from None
-            arrays[column] = pa.array([_string(value) for value in values], pa.string())
-    return pa.table(arrays)
+    arrays = {column: _array([record.get(column) for record in records], column, faults) for column in rows.columns}
+    return _with_faults(pa.table(arrays), faults, whole)
+
+
+def _array(values: list[Any], column: str, faults: dict[int, str]) -> pa.Array:
+    """Values of JSON as strings or numbers; others are null and at fault."""
+    try:
+        array = pa.array(values)
+        if not pa.types.is_nested(array.type):
+            return array
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+        pass  # strings and numbers, say: all become strings, as in a CSV file
+    strings: list[str | None] = []
+    for row, value in enumerate(values):
+        fault = _fault(value)
+        if fault:
+            faults.setdefault(row, f"{column} {fault}")
+        strings.append(None if fault else _string(value))
+    return pa.array(strings, pa.string())
+
+
+def _fault(value: Any) -> str:
+    if isinstance(value, list | dict):
+        return "is a list" if isinstance(value, list) else "is an object"
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        return "holds half a character (a lone surrogate)"
+    return ""
+
+
+def _with_faults(table: pa.Table, faults: dict[int, str], whole: Sequence[Any]) -> pa.Table:
+    """A table, and if rows are at fault, what is wrong with them and what they hold."""
+    if not faults:
+        return table
+    raw = [_shown(whole[row]) if row in faults else None for row in range(table.num_rows)]
+    return table.append_column(
+        FAULT, pa.array([faults.get(row) for row in range(table.num_rows)], pa.string())
+    ).append_column(RAW, pa.array(raw, pa.string()))
+
+
+def _shown(row: Any) -> str:
+    """The beginning of a row, as text that can be written."""
+    if isinstance(row, bytes):
+        return row[:_RAW_CHARACTERS].decode(errors="replace").rstrip("\r\n")
+    return repr(row)[:_RAW_CHARACTERS].encode(errors="replace").decode()
 
 
 def _string(value: Any) -> str | None:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bertray.errors import SourceError
-from bertray.formats import Rows, format_of, open_rows
+from bertray.formats import FAULT, RAW, Rows, format_of, open_rows
 from bertray.spec import Source
 from bertray.storage import FileInfo, Location
 
@@ -27,6 +27,8 @@ _STAGED_ROWS = 100_000
 _STAGED = re.compile(r"part-\d{5}-[0-9a-f]{16}\.parquet")
 _PREVIEW_ROWS = 100
 _HASHED_BYTES = 64 << 20
+_IS_NULL = " is null"
+_UNIT_BYTES = 16 << 20  # of the file, for a unit of long texts
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ class Columns:
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows start to stop of one file: the grain of work, of retry and of resume."""
+    """Rows start to stop of one file: the grain of work, of retry and of resume.
+
+    stamp: of the file's content; version: size and time of change, as they were when the unit was cut.
+    """
 
     url: str
     name: str
@@ -83,22 +88,48 @@ def units(source: Source, columns: Columns, unit_rows: int | str = "auto") -> li
     """
     files = find_files(source)
     with ThreadPoolExecutor(8) as pool:
-        counts = list(pool.map(lambda file: _count(file, source, columns), files))
-    left = source.limit or sum(counts)
+        stamps = pool.map(_stamp, files)
+        groups = list(pool.map(lambda file: _groups(file, source, columns), files))
+    left = source.limit or sum(map(sum, groups))
     found = []
-    for file, rows in zip(files, counts, strict=True):
-        step = _unit_rows(rows) if unit_rows == "auto" else int(unit_rows)
-        format, stamp = _format(file, source), _stamp(file)
-        for start in range(0, min(rows, left), step):
-            stop = min(start + step, rows, left)
-            found.append(Unit(file.url, file.name, format, stamp, start, stop))
-        left -= min(rows, left)
+    for file, stamp, sizes in zip(files, stamps, groups, strict=True):
+        step = _unit_rows(sum(sizes), file.size) if unit_rows == "auto" else int(unit_rows)
+        format = _format(file, source)
+        for start, stop in _ranges(sizes, step):
+            if start < left:
+                found.append(Unit(file.url, file.name, format, stamp, start, min(stop, left), file.stamp))
+        left -= min(sum(sizes), left)
     if not found:
         raise SourceError(f"{source.path} holds no rows.")
-    first = found[0]
-    head = replace(first, stop=min(first.stop, _PREVIEW_ROWS))
-    Reader(columns).read(head)  # mistakes in columns show before anything is started
+    _look_at(found[0], columns)
     return found
+
+
+def _ranges(groups: Iterable[int], step: int) -> Iterator[tuple[int, int]]:
+    """Cut rows into ranges of at most that many: each lies within a group, or holds whole groups."""
+    start = end = 0
+    for rows in groups:
+        if end > start and end - start + rows > step:
+            yield start, end
+            start = end
+        end += rows
+        if end - start > step:  # a group of its own
+            yield from ((cut, min(cut + step, end)) for cut in range(start, end, step))
+            start = end
+    if end > start:
+        yield start, end
+
+
+def _look_at(first: Unit, columns: Columns) -> None:
+    """Let mistakes in columns show before anything is started."""
+    head = replace(first, stop=min(first.stop, _PREVIEW_ROWS))
+    try:
+        batch = Reader(columns).read(head)
+    except SourceError:
+        batch = Reader(columns).read(first)  # a record's key may occur further down
+    reasons = batch.rejects["reason"].to_pylist()
+    if not batch.rows.num_rows and not any(reason.endswith(_IS_NULL) for reason in reasons):
+        raise SourceError(f"{first.url}: none of its first {len(reasons)} rows can be used: {reasons[0]}.")
 
 
 def looked_at_again(units: Iterable[Unit]) -> tuple[Unit, ...]:
@@ -110,10 +141,10 @@ def looked_at_again(units: Iterable[Unit]) -> tuple[Unit, ...]:
     versions: dict[str, str] = {}
     for unit in units:
         if unit.url not in versions:
-            found = Location(unit.url).match()
-            if not found or _stamp(found[0]) != unit.stamp:
+            found = Location(unit.url).file()
+            if not found or _stamp(found) != unit.stamp:
                 raise SourceError(f"{unit.url} is gone or not what it was when it was encoded. Run the spec again.")
-            versions[unit.url] = found[0].stamp
+            versions[unit.url] = found.stamp
     return tuple(replace(unit, version=versions[unit.url]) for unit in units)
 
 
@@ -144,8 +175,9 @@ def _format(file: FileInfo, source: Source) -> str:
     raise SourceError(f"{file.url}: the name does not tell the format. Set format to parquet, csv, jsonl or another.")
 
 
-def _count(file: FileInfo, source: Source, columns: Columns) -> int:
-    return open_rows(file.url, _format(file, source), columns.names).count() if file.size else 0
+def _groups(file: FileInfo, source: Source, columns: Columns) -> list[int]:
+    """The rows of each part of a file."""
+    return open_rows(file.url, _format(file, source), columns.names).groups() if file.size else []
 
 
 def _stamp(file: FileInfo) -> str:
@@ -157,9 +189,10 @@ def _stamp(file: FileInfo) -> str:
     return hashlib.sha256(location.read()).hexdigest()
 
 
-def _unit_rows(rows: int) -> int:
-    """About 16 units a file, so that small files spread over workers too, of 2,000 to 20,000 rows."""
-    return min(UNIT_ROWS, max(2_000, math.ceil(rows / 16)))
+def _unit_rows(rows: int, size: int) -> int:
+    """About 16 units a file, so that small files spread over workers too, of 2,000 to 20,000 rows; fewer if they are
+    long."""
+    return max(1, min(UNIT_ROWS, max(2_000, math.ceil(rows / 16)), rows * _UNIT_BYTES // max(size, 1)))
 
 
 class Reader:
@@ -179,6 +212,8 @@ class Reader:
             self._rows = open_rows(unit.url, unit.format, self.columns.names)
         rows, self._rows = self._rows, None  # after an error its place in the file is not known
         table = rows.read(unit.start, unit.stop)
+        if unit.version and ((file := Location(unit.url).file()) is None or file.stamp != unit.version):
+            raise SourceError(f"{unit.url} has changed since this run looked at it. Run the command again.")
         self._rows = rows
         return normalize(table, self.columns, unit)
 
@@ -188,21 +223,28 @@ def normalize(table: pa.Table, columns: Columns, unit: Unit) -> Batch:
     place = f"{unit.url} (rows {unit.start} to {unit.stop})"
     # An empty field of a CSV file is an empty text, but neither an id nor a label.
     none = "" if unit.format in ("csv", "tsv") else None
+    reason = table[FAULT] if FAULT in table.column_names else pa.nulls(table.num_rows, pa.string())
     derived = pa.array([f"{unit.name}:{row}" for row in range(unit.start, unit.start + table.num_rows)], pa.string())
-    ids = pc.coalesce(_keys(table, columns.id, place, none), derived) if columns.id else derived
-    arrays = {"id": ids, "text": _texts(table, columns.text, place)}
-    if columns.text_pair:
-        arrays["text_pair"] = _texts(table, columns.text_pair, place)
-    arrays["label"] = (
-        _keys(table, columns.label, place, none) if columns.label else pa.nulls(table.num_rows, pa.string())
-    )
-    required = [name for name in ("text", "text_pair", "label") if getattr(columns, name)]
+    arrays = {"id": derived}
+    if columns.id:
+        ids, faults = _keys(table, columns.id, place, none)
+        arrays["id"], reason = pc.coalesce(ids, derived), pc.coalesce(reason, faults)
+    for name in ("text", "text_pair"):
+        if column := getattr(columns, name):
+            arrays[name], faults = _texts(table, column, place)
+            reason = pc.coalesce(reason, faults)
+    arrays["label"] = pa.nulls(table.num_rows, pa.string())
+    if columns.label:
+        arrays["label"], faults = _keys(table, columns.label, place, none)
+        reason = pc.coalesce(reason, faults)
+    for name in ("text", "text_pair", "label"):
+        if getattr(columns, name):
+            null = pc.if_else(pc.is_null(arrays[name]), f"{name}{_IS_NULL}", pa.scalar(None, pa.string()))
+            reason = pc.coalesce(reason, null)
     rows = pa.table(arrays)
-    reason = pa.nulls(table.num_rows, pa.string())
-    for name in required:
-        reason = pc.if_else(pc.and_(pc.is_null(reason), pc.is_null(rows[name])), f"{name} is null", reason)
     rejected = pc.is_valid(reason)
-    preview = pc.utf8_slice_codeunits(pc.coalesce(rows["text"], ""), 0, 80)
+    shown = pc.coalesce(table[RAW], rows["text"], "") if RAW in table.column_names else pc.coalesce(rows["text"], "")
+    preview = pc.utf8_slice_codeunits(shown, 0, 80)
     rejects = pa.table({"id": rows["id"], "reason": reason, "preview": preview}).filter(rejected)
     return Batch(rows.filter(pc.invert(rejected)).combine_chunks(), rejects)
 
@@ -212,29 +254,53 @@ def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
-def _texts(table: pa.Table, name: str, place: str) -> pa.ChunkedArray:
+def _texts(table: pa.Table, name: str, place: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """A column of texts, and for each row what is wrong with it."""
     column = _column(table, name)
     if not (_is_string(column.type) or pa.types.is_null(column.type)):
         raise SourceError(f"{place}: column {name!r} must hold strings. It holds {column.type} instead.")
-    return column.cast(pa.string())
+    return _decoded(column.cast(pa.string()), name)
 
 
-def _keys(table: pa.Table, name: str, place: str, none: str | None) -> pa.ChunkedArray:
-    """A column of ids or labels as strings: strings, whole numbers and booleans; `none` stands for null."""
+def _keys(table: pa.Table, name: str, place: str, none: str | None) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """A column of ids or labels as strings: strings, whole numbers and booleans, `none` stands for null; and for each
+    row what is wrong with it."""
     column = _column(table, name)
+    faults = pa.nulls(len(column), pa.string())
     if pa.types.is_floating(column.type):  # whole numbers beside missing ones, as pandas keeps them
         column = pc.if_else(pc.is_nan(column), None, column)
-        if (
-            pc.all(pc.is_finite(column)).as_py() is not False
-            and pc.all(pc.equal(column, pc.floor(column))).as_py() is not False
-        ):
-            column = column.cast(pa.int64())
+        whole = pc.and_(pc.is_finite(column), pc.equal(column, pc.floor(column)))
+        odd = pc.fill_null(pc.invert(whole), False)
+        told = pc.binary_join_element_wise(f"{name} is ", column.cast(pa.string()), ", not a whole number", "")
+        faults = pc.if_else(odd, told, faults)
+        column = pc.if_else(odd, None, column).cast(pa.int64(), safe=False)
     if not any(test(column.type) for test in (_is_string, pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)):
         raise SourceError(
             f"{place}: column {name!r} must hold strings or whole numbers. It holds {column.type} instead."
         )
-    column = column.cast(pa.string())
-    return column if none is None else pc.if_else(pc.equal(column, none), None, column)
+    column, undecoded = _decoded(column.cast(pa.string()), name)
+    faults = pc.coalesce(faults, undecoded)
+    return column if none is None else pc.if_else(pc.equal(column, none), None, column), faults
+
+
+def _decoded(column: pa.ChunkedArray, name: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """A column of strings, null where their bytes are not UTF-8 (Parquet does not check), and what is wrong there."""
+    faults = pa.nulls(len(column), pa.string())
+    try:
+        column.validate(full=True)
+        return column, faults
+    except pa.ArrowInvalid:
+        values = column.cast(pa.binary()).to_pylist()
+    texts = [_decode(value) for value in values]
+    wrong = [value is not None and text is None for value, text in zip(values, texts, strict=True)]
+    return pa.chunked_array([pa.array(texts, pa.string())]), pc.if_else(wrong, f"{name} is not UTF-8 text", faults)
+
+
+def _decode(value: bytes | None) -> str | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _is_string(kind: pa.DataType) -> bool:

@@ -211,12 +211,16 @@ class Location:
         found = self.patiently(lambda: self.fs.get_file_info(selector))
         return sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
 
+    def file(self) -> FileInfo | None:
+        """This file, or None if it is none."""
+        info = self.patiently(lambda: self.fs.get_file_info(self.path))
+        return self._info(info, self.path.rsplit("/", 1)[-1]) if info.type == pafs.FileType.File else None
+
     def match(self) -> list[FileInfo]:
         """The files that this location names: itself, all below it, or those that fit its wildcards."""
+        if file := self.file():
+            return [file]
         kind = self.kind
-        if kind == pafs.FileType.File:
-            info = self.patiently(lambda: self.fs.get_file_info(self.path))
-            return [self._info(info, self.path.rsplit("/", 1)[-1])]
         if kind == pafs.FileType.Directory or not _WILD.search(self.url):
             return self.files()
         base = _WILD.split(self.url)[0].rpartition("/")[0] + "/"

@@ -11,6 +11,7 @@ from conftest import MINILM, ROOT, SIX, demo_rows, read_jsonl
 import bertray
 from bertray.errors import BertrayError
 from bertray.storage import Location
+from bertray.store import Store
 
 
 def test_the_demo_is_good_and_leaves_what_it_should(demo):
@@ -117,6 +118,55 @@ def test_odd_rows_are_counted_and_nothing_is_lost(tiny, tmp_path, ray_cluster, r
     assert "1 because text is null" in report
 
 
+def test_long_texts_in_windows_are_counted(tiny, tmp_path, ray_cluster, rows_file):
+    rows = [{"text": f"{i} " * (1 + 200 * (i == 3)), "label": i % 2} for i in range(8)]
+    spec = {
+        "data": {"train": rows_file(rows)},
+        "encoder": {"model": str(tiny), "pooling": "mean", "max_length": 32, "overlap": 8, "truncation": "window"},
+        "output": str(tmp_path / "run"),
+    }
+    counts = bertray.run(spec)["rows"]["train"]
+    assert (counts["rows"], counts["windowed"], counts["truncated"], counts["rejected"]) == (8, 1, 0, 0)
+    assert counts["tokens"] > 230
+    with pytest.raises(BertrayError, match="8 of 8 rows|1 of 8 rows are set aside so far"):
+        bertray.run(spec, overrides=["encoder.truncation=error", "data.max_rejects=0"])
+
+
+def test_of_new_and_changed_files_only_those_are_encoded(tiny, tmp_path, ray_cluster):
+    for name in "ab":
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + f"{name},x\nother {name},y\n" * 20)
+    spec = {
+        "data": {"train": f"{tmp_path}/*.csv", "unit_rows": 20},
+        "encoder": {"model": str(tiny), "pooling": "mean"},
+        "output": str(tmp_path / "run"),
+    }
+
+    def shards():
+        return {shard.name: shard.stat().st_mtime_ns for shard in tmp_path.rglob("shards/*.parquet")}
+
+    bertray.run(spec, until="embed")
+    first = shards()
+    assert len(first) == 4
+    (tmp_path / "aa.csv").write_text("text,label\n" + "new,x\n" * 20)  # between the others
+    assert bertray.run(spec, until="embed")["rows"]["train"]["rows"] == 100
+    second = shards()
+    assert {name: second[name] for name in first} == first
+    assert len(second) == 5
+    (tmp_path / "b.csv").write_text("text,label\n" + "b,x\nanother b,y\n" * 20)
+    with pytest.raises(
+        BertrayError, match=r"data.train: b.csv changed after being encoded. Restore what it was, or set"
+    ):
+        bertray.run(spec, overrides=["data.changed=refuse"], until="embed")
+    assert shards() == second
+    bertray.run(spec, until="embed")
+    third = shards()
+    assert {name: third[name] for name in second} == second
+    assert len(third) == 7
+    (store,) = (tmp_path / "run" / "stores").iterdir()
+    texts = [text for table in Store(str(store)).tables(["text"]) for text in table["text"].to_pylist()]
+    assert texts == ["a", "other a"] * 20 + ["new"] * 20 + ["b", "another b"] * 20
+
+
 @pytest.mark.parametrize("kind", ["pandas", "datasets"])
 def test_rows_from_memory_and_pairs(tiny, tmp_path, ray_cluster, kind):
     import datasets
@@ -145,6 +195,14 @@ BAD_SPECS = {
     "label outside": ({"data": {"labels": ["x", "z"]}}, "label 'y' is none of data.labels"),
     "one label": ({"rows": FEW[:1] * 3}, "one label only"),
     "all rejected": ({"rows": [{"text": None, "label": "x"}, {"text": "a"}]}, "none of the 2 rows can be used"),
+    "too many set aside": (
+        {"rows": [*FEW, {"text": None, "label": "x"}, {"text": "a"}], "data": {"max_rejects": 1}},
+        r"train: 2 of 8 rows are set aside so far, more than data.max_rejects \(1\) allows; rows.jsonl:6, for one",
+    ),
+    "a share set aside": (
+        {"rows": [*FEW, {"text": None, "label": "x"}], "data": {"max_rejects": 0.1}},
+        r"1 of 7 rows are set aside so far, more than data.max_rejects \(0.1\)",
+    ),
     "float labels": ({"rows": [{"text": "a", "label": 0.5}]}, "must hold strings or whole numbers"),
     "no such model": ({"encoder": {"model": "some-one/nothing"}}, "was not found: it is not in the Hugging Face cache"),
     "no gpu": ({"ray": {"device": "cuda"}}, "the Ray cluster has no GPU"),
