@@ -8,6 +8,7 @@ columns mean.
 import io
 import itertools
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ EXTENSIONS = {
 # Columns beside the user's, if rows are at fault: what is wrong with each, and what it holds.
 FAULT, RAW = "\0fault", "\0raw"
 _RAW_CHARACTERS = 200
+_SPACES = re.compile(r"[ \t\r\n]*")
 _COMPRESSIONS = {"gz": "gzip", "zst": "zstd", "bz2": "bz2", "lz4": "lz4"}
 _CHUNK = 8192
 
@@ -287,29 +289,70 @@ class _JsonLines(_Lines):
 
 
 class _JsonArray(Rows):
-    """One array of records, parsed as a stream."""
+    """One array of records, decoded one after another while the file is read."""
 
     def _open(self, location: Location) -> None:
-        import ijson
+        stream = io.BufferedReader(location.open("detect"), 1 << 20)
+        self._stream = io.TextIOWrapper(stream, "utf-8-sig", newline="")
+        self._buffer, self._at = "", 0
+        self._records = self._decoded()
 
-        stream = io.BufferedReader(location.open("detect"))
-        if stream.peek(3).startswith(b"\xef\xbb\xbf"):
-            stream.read(3)
-        self._records = ijson.items(stream, "item", use_float=True)
+    def _fill(self) -> bool:
+        """Read on; False at the end of the file."""
+        more = self._stream.read(1 << 20)
+        self._buffer, self._at = self._buffer[self._at :] + more, 0
+        return bool(more)
 
-    def _next(self, rows: int) -> Iterator[Any]:
-        import ijson
+    def _mark(self) -> str:
+        """The next character that is no space; empty at the end of the file."""
+        while True:
+            rest = _SPACES.match(self._buffer, self._at)
+            self._at = rest.end() if rest else self._at
+            if self._at < len(self._buffer) or not self._fill():
+                return self._buffer[self._at : self._at + 1]
 
-        try:
-            yield from itertools.islice(self._records, rows)
-        except ijson.JSONError as error:
-            raise SourceError(f"{self.url} is not JSON: {' '.join(str(error).split())}") from None
+    def _decoded(self) -> Iterator[Any]:
+        decoder, count = json.JSONDecoder(parse_constant=_constant), 0
+        between = self._mark()  # [ before the first record
+        while True:
+            self._at += len(between)
+            if between == "[" and self._mark() == "]":
+                return
+            yield self._record(decoder, count)
+            count += 1
+            if (between := self._mark()) == "]":
+                return
+            if between != ",":
+                raise self._broken(count, "Expecting ',' or ']'")
+
+    def _record(self, decoder: json.JSONDecoder, count: int) -> Any:
+        self._mark()
+        while True:
+            try:
+                value, end = decoder.raw_decode(self._buffer, self._at)
+            except json.JSONDecodeError as error:
+                if not _may_go_on(error) or not self._fill():
+                    raise self._broken(count, error.msg) from None
+                continue
+            except RecursionError:
+                raise self._broken(count, "it is nested too deeply") from None
+            if end < len(self._buffer) or not isinstance(value, int | float) or not self._fill():
+                self._at = end
+                return value
+
+    def _broken(self, count: int, reason: str) -> SourceError:
+        return SourceError(f"{self.url} is not JSON: {reason}, in or behind record {count + 1}. Mend the file.")
 
     def _skip(self, rows: int) -> int:
-        return sum(1 for _ in self._next(rows))
+        return sum(1 for _ in itertools.islice(self._records, rows))
 
     def _take(self, rows: int) -> pa.Table:
-        return _from_records(list(self._next(rows)), self)
+        return _from_records(list(itertools.islice(self._records, rows)), self)
+
+
+def _may_go_on(error: json.JSONDecodeError) -> bool:
+    """Whether more of the file may mend what is wrong: it is wrong at the end, or a string has not ended."""
+    return error.pos > len(error.doc) - 16 or error.msg.startswith("Unterminated string")
 
 
 def _from_records(

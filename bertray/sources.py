@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bertray.errors import SourceError
-from bertray.formats import FAULT, RAW, Rows, format_of, open_rows
+from bertray.formats import FAULT, RAW, Rows, format_of, open_rows, reading
 from bertray.spec import Source
 from bertray.storage import FileInfo, Location
 
@@ -150,11 +150,12 @@ def looked_at_again(units: Iterable[Unit]) -> tuple[Unit, ...]:
 
 def find_files(source: Source) -> list[FileInfo]:
     """The files that a source with a path names, sorted by name."""
-    files = Location(source.path).match()
+    with reading(source.path):
+        files = Location(source.path).match()
     if not files:
         raise SourceError(
-            f"{source.path} does not exist, or no file fits it. Check the path (relative paths start "
-            "at the folder where the command is run)."
+            f"{source.path} does not exist, or no file fits it, or it is a pipe or device. Check the path (relative "
+            "paths start at the folder where the command is run)."
         )
     if source.format == "auto" and len(files) > 1:
         files = [file for file in files if format_of(file.name)]  # a folder may hold a README.md and the like

@@ -64,6 +64,8 @@ class Location:
     url: str
 
     def __post_init__(self) -> None:
+        if "\0" in self.url:
+            raise BertrayError(f"{self.url!r} is no path: it holds a NUL. Correct it.")
         if "://" not in self.url:
             object.__setattr__(self, "url", os.path.abspath(os.path.expanduser(self.url)))
 
@@ -221,6 +223,8 @@ class Location:
         if file := self.file():
             return [file]
         kind = self.kind
+        if kind == pafs.FileType.Unknown:  # a pipe or a device: reading one may never end
+            return []
         if kind == pafs.FileType.Directory or not _WILD.search(self.url):
             return self.files()
         base = _WILD.split(self.url)[0].rpartition("/")[0] + "/"
