@@ -11,13 +11,14 @@ import pyarrow as pa
 
 from bertray import checkpoints
 from bertray.cluster import connected
-from bertray.embed import Split, embed, planned
+from bertray.embed import embed
 from bertray.errors import BertrayError, StoreError
 from bertray.lease import held, holder
 from bertray.progress import Progress
 from bertray.sources import Columns, Unit, looked_at_again
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import RaySizes
+from bertray.splits import Split, planned
 from bertray.storage import Location
 from bertray.store import Manifest, Receipt, Store
 

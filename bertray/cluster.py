@@ -170,6 +170,13 @@ def is_full(workers: Workers) -> bool:
     return workers.num_cpus > free.get("CPU", 0) or workers.num_gpus > free.get("GPU", 0)
 
 
+def alive_nodes() -> set[str]:
+    """Ray's ids of the nodes that are alive."""
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
 def end_process(node: str, pid: int, title: str) -> None:
     """Kill a process on a node of the cluster, if its title holds that word."""
     import ray

@@ -16,13 +16,13 @@ from bertray import bundle as bundles
 from bertray import checkpoints, labels
 from bertray.bundle import Bundle
 from bertray.cluster import connected
-from bertray.embed import Split, changed_files, embed, reasons, versions
+from bertray.embed import embed, reasons, versions
 from bertray.errors import BundleError, SourceError, SpecError
 from bertray.evaluate import Evaluation, evaluate
 from bertray.lease import held
 from bertray.progress import log
 from bertray.spec import Spec, fingerprint, load_spec
-from bertray.splits import splits_of
+from bertray.splits import Split, changed_files, splits_of
 from bertray.storage import Location, output_folder, retries
 from bertray.store import Manifest, Receipt, Store, vectors_of
 

@@ -15,13 +15,14 @@ from bertray import bundle as bundles
 from bertray import checkpoints
 from bertray.bundle import Bundle
 from bertray.checkpoints import Checkpoint
-from bertray.embed import Split, embed, made_by
+from bertray.embed import embed
 from bertray.errors import BertrayError, BundleError, SourceError
 from bertray.heads import LinearHead
 from bertray.lease import held
 from bertray.sources import Columns, is_saved_dataset, units
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import RaySizes, Source, fingerprint
+from bertray.splits import Split, made_by
 from bertray.storage import Location, output_folder
 from bertray.store import Manifest, Store
 

@@ -1,17 +1,47 @@
-"""From a spec to its splits: the rows to fit on, to judge by and to look at, cut into units, each with its store."""
+"""Splits: the rows to fit on, to judge by and to look at, cut into units, each with the store that its vectors go to.
+
+A split's plan is written into its store: what that is to hold, and all that it takes to make it again.
+"""
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from bertray.checkpoints import Checkpoint
-from bertray.embed import Split, made_by
 from bertray.errors import SpecError
-from bertray.sources import Columns, from_hub, is_saved_dataset, stage, units
+from bertray.sources import Columns, Unit, from_hub, is_saved_dataset, stage, units
+from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import Source, Spec, fingerprint
 from bertray.storage import Location
 from bertray.store import Store
+
+RECIPE = 3  # raised when a change of code gives other vectors for the same settings
+
+
+@dataclass(frozen=True)
+class Split:
+    """The units of one source, and the store that they go to."""
+
+    name: str
+    units: tuple[Unit, ...]
+    columns: Columns
+    store: Store
+    made_by: dict[str, Any]
+
+
+def made_by(spec: EncoderSpec, checkpoint: Checkpoint, columns: Columns, source: dict[str, Any]) -> dict[str, Any]:
+    """All that makes the vectors of a source what they are. Its fingerprint names the store."""
+    names = {"pooling", "max_length", "truncation", "precision"}
+    settings = spec.model_dump(include=names | ({"overlap"} if spec.truncation == "window" else set()))
+    return {
+        "recipe": RECIPE,
+        **checkpoint.identity,
+        **settings,
+        "columns": asdict(columns),
+        "source": source,
+    }
 
 
 def splits_of(
@@ -64,3 +94,36 @@ def _files(name: str, source: Source, columns: Columns, rows: Any, folder: Locat
     staged = folder / "rows" / name
     carried = stage(rows, columns, staged)
     return Source(path=staged.url, format="parquet", limit=source.limit), carried
+
+
+def plan_of(split: Split, spec: EncoderSpec, checkpoint: Checkpoint, label_names: tuple[str, ...]) -> dict[str, Any]:
+    """What a split's store is to hold, and all that it takes to make it, for JSON."""
+    files: dict[str, dict[str, Any]] = {}
+    for unit in split.units:
+        file = files.setdefault(unit.name, {**asdict(unit), "cuts": []})
+        file["cuts"].append([unit.start, unit.stop])
+    return {
+        "split": split.name,
+        "made_by": split.made_by,
+        "encoder": {**spec.model_dump(), "model": checkpoint.name},
+        "identity": checkpoint.identity,
+        "labels": list(label_names),
+        "columns": asdict(split.columns),
+        "files": [{k: v for k, v in file.items() if k not in ("start", "stop")} for file in files.values()],
+    }
+
+
+def planned(plan: Mapping[str, Any]) -> tuple[Unit, ...]:
+    """The units of a plan, in the order of the rows."""
+    return tuple(
+        Unit(**{k: v for k, v in file.items() if k != "cuts"}, start=start, stop=stop)
+        for file in plan["files"]
+        for start, stop in file["cuts"]
+    )
+
+
+def changed_files(split: Split) -> list[str]:
+    """The files of a split that are not what they were when they were encoded or were to be."""
+    before = split.store.plan()
+    stamps = {file["name"]: file["stamp"] for file in before["files"]} if before else {}
+    return sorted({unit.name for unit in split.units if stamps.get(unit.name, unit.stamp) != unit.stamp})

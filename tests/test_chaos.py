@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
+import time
 
 import numpy as np
 import pytest
-from chaos import bertray, contents, embed_spec, kill_at_random
+from chaos import bertray, contents, embed_spec, find, kill_at_random
 from conftest import MINILM, SHARED
 
 from bertray import audit
@@ -70,3 +72,21 @@ def test_killed_at_random_moments_every_row_is_there_once(seed, rows, undisturbe
     lost = manifest.total("lost")
     print(f"seed {seed}: {kills} kills, {lost} of {len(manifest.units)} units were begun again")
     assert lost <= AT_ONCE * kills
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(KILLS < 10, reason="Ray waits a minute for a head that is gone: it is in make chaos")
+def test_when_the_head_is_gone_the_same_command_goes_on(rows, undisturbed, tmp_path):
+    file, run = spec(tmp_path / "c", rows), tmp_path / "c" / "run"
+    process = bertray("embed", file)
+    while not list(run.rglob("shards/*.parquet")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.2)
+    os.kill(find(process.pid, "gcs"), signal.SIGKILL)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode != 0
+    assert errors.strip().splitlines()[-1].startswith("bertray: ended from outside")
+    process = bertray("embed", file)
+    assert process.communicate(timeout=200) and process.returncode == 0
+    assert contents(run)[0] == undisturbed[0]
+    assert np.array_equal(contents(run)[2], undisturbed[2])

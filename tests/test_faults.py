@@ -111,6 +111,37 @@ def test_processes_that_cannot_start_stop_the_run_in_one_line(many, tmp_path, en
     assert "Traceback" not in errors
 
 
+@pytest.fixture
+def two_nodes():
+    """A cluster of two nodes of a CPU each on this machine: its address, and what kills the second one."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    node = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    yield cluster.address, node.node_id, lambda: cluster.remove_node(node, allow_graceful=False)
+    cluster.shutdown()
+
+
+def test_the_units_of_a_node_that_dies_go_to_others(many, tmp_path, two_nodes):
+    address, second, kill = two_nodes
+    file = spec(tmp_path, many, address=address, workers=2, cpus_per_worker=1, patience=8)
+    process, run = bertray("embed", file, "--json"), tmp_path / "run"
+
+    def second_is_at_work():
+        notes = [json.loads(note.read_text() or "{}") for note in run.rglob("running/rows*.json")]
+        return any(note.get("node") == second for note in notes)
+
+    wait_for(second_is_at_work, process)
+    kill()
+    code, output, errors = ended(process, 200)
+    assert code == 0, errors
+    assert "1 of 2 nodes are gone" in errors
+    assert json.loads(output)["faults"]["units_begun_again"] >= 1
+    assert len(set(contents(run)[0])) == ROWS
+    assert audit.verify(str(run))["ok"]
+
+
 def test_a_second_run_of_the_same_spec_is_refused(many, tmp_path):
     file = spec(tmp_path, many)
     first = bertray("embed", file)

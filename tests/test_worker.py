@@ -1,19 +1,22 @@
 """The actor alone, called as Ray Data calls it: several units at once."""
 
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from bertray.checkpoints import find
-from bertray.embed import Job, UnitEncoder
 from bertray.sources import Columns, units
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import Source
 from bertray.store import Receipt, Store
+from bertray.worker import Job, UnitEncoder
 
 COLUMNS = Columns("text", label="label")
 
@@ -103,3 +106,36 @@ def test_a_disk_that_is_full_is_one_line(tiny, tmp_path, cut):
     (answer,) = answers(actor(tiny, Store(str(tmp_path / "store"))), cut[:1], 1)
     assert answer["error"] == "StoreError"
     assert "cannot be written on" in answer["value"]
+
+
+FAILING = """
+import sys
+from bertray.worker import UnitEncoder
+import test_worker
+from pathlib import Path
+from bertray.store import Store
+from bertray.sources import units
+from bertray.spec import Source
+
+folder, kind = Path(sys.argv[1]), sys.argv[3]
+encoder = test_worker.actor(folder, Store(sys.argv[2] + "/store"))
+def start(tokens):
+    raise RuntimeError(kind)
+encoder.encoder.backend.start = start
+(answer,) = test_worker.answers(encoder, units(Source(path=sys.argv[2] + "/rows.jsonl"), test_worker.COLUMNS, 9)[:1], 1)
+print(answer["error"], answer["value"])
+"""
+
+
+@pytest.mark.parametrize("kind", ["CUDA error: unspecified launch failure", "no idea"])
+def test_what_is_no_rows_fault_is_a_line_and_a_lost_device_ends_the_process(tiny, tmp_path, cut, kind):
+    """A process whose GPU has failed cannot go on, but the one that Ray starts in its place can."""
+    command = [sys.executable, "-c", FAILING, str(tiny), str(tmp_path), kind]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60)
+    if kind.startswith("CUDA"):
+        assert done.returncode == 1
+        assert done.stdout == ""
+    else:
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("BertrayError ")
+        assert "rows.jsonl, rows 0 to 9: unexpected RuntimeError: no idea" in done.stdout

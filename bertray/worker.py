@@ -1,0 +1,235 @@
+"""The worker: a process of Ray's that encodes units of rows, and writes what they give.
+
+It reads a unit, encodes it and writes its shard itself; what travels through Ray is a receipt. While it encodes a unit
+it reads the next and writes the last.
+"""
+
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bertray import checkpoints, labels
+from bertray.errors import BertrayError, CheckpointError, ClusterError, StoreError
+from bertray.progress import log
+from bertray.sources import Batch, Columns, Reader, Unit
+from bertray.spec import Encoder as EncoderSpec
+from bertray.storage import Location, retries
+from bertray.store import Attempt, Receipt, Store, with_vectors
+
+UNITS_AT_ONCE = 3  # one is read, one encoded, one written
+_ATTEMPTS = 5  # at a unit in one run; those before it was begun in vain, since its process ended
+_PULSE_SECONDS = 20.0  # most between renewals of attempts
+_PREVIEW = 80  # characters of a text that is set aside
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an encoder process has to know."""
+
+    checkpoint: str
+    revision: str
+    identity: dict[str, str]
+    encoder: EncoderSpec
+    label_names: tuple[str, ...]
+    columns: dict[str, Columns]
+    stores: dict[str, Store]
+    finish: Callable[[pa.Table, Any], pa.Table] = with_vectors
+    run: str = ""
+    patience: int = 600
+
+
+class UnitEncoder:
+    """The actor: a unit in, its shard written, a receipt out. What a user can mend comes back as a value.
+
+    Calls run beside each other. Each reads in a thread that all share, so that files are read forwards; the encoder
+    lets one encode while others tokenize; each writes in its own.
+    """
+
+    def __init__(self, job: Job, device: str, threads: int) -> None:
+        self.job = job
+        self._readers = {split: Reader(columns) for split, columns in job.columns.items()}
+        self._reading = ThreadPoolExecutor(1)
+        store, start = next(iter(job.stores.values())), f"start-{_actor()}"
+        try:
+            if store.begin(start, job.run, _node()).number > _ATTEMPTS:
+                raise ClusterError(
+                    f"An encoder process on {platform.node()} has ended {_ATTEMPTS} times while it started: killed, or "
+                    "out of memory. Give each more memory (fewer ray.workers)."
+                )
+            # Before torch loads its threads' library: a thread that has done its part sleeps soon. Threads that spin
+            # for others take the processor from them where there are more threads than processors.
+            if "OMP_WAIT_POLICY" not in os.environ:
+                os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+            for name in ("scipy", "sklearn", "PIL"):  # transformers imports them where they are installed
+                sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+            from bertray.encoder import Encoder
+
+            checkpoint = checkpoints.find(job.checkpoint, job.revision)
+            if checkpoint.identity != job.identity:
+                raise CheckpointError(
+                    f"{job.checkpoint} is not the same on {platform.node()} as where the job was "
+                    "started. Give every node the same files."
+                )
+            self.encoder, self.failure = Encoder(checkpoint, job.encoder, device, threads), None
+        except Exception as error:  # an actor that cannot start is restarted for ever: tell it with the first unit
+            known = isinstance(error, BertrayError)
+            line = f"An encoder process on {platform.node()} cannot start: {type(error).__name__}: {error}"
+            self.failure = error if known else BertrayError(" ".join(line.split()))
+        with suppress(OSError):
+            store.end(start)
+        self._at_work: dict[tuple[str, str], Attempt] = {}
+        self._signs, self._retries, self._lock = 0, 0, threading.Lock()
+        threading.Thread(target=self._pulse, name="bertray-pulse", daemon=True).start()
+        self.ready = time.time()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist([self._answer(**item) for item in batch.to_pylist()])
+
+    def _answer(self, split: str, **unit: Any) -> dict[str, Any]:
+        try:
+            if self.failure:
+                raise self.failure
+            receipt = self._attempt(split, Unit(**unit))
+            return {"split": split, "value": json.dumps(asdict(receipt)), "error": "", "ready": self.ready}
+        except BertrayError as error:
+            return {"split": split, "value": str(error), "error": type(error).__name__, "ready": self.ready}
+        except OSError as error:  # a full disk, a store out of reach
+            line = f"{self.job.stores[split].url} cannot be written on {platform.node()}: {error}"
+            line = f"{' '.join(line.split())}. When that is mended, the same command goes on from here."
+            return {"split": split, "value": line, "error": "StoreError", "ready": self.ready}
+        except Exception as error:
+            log.exception("%s", unit)  # into Ray's log of this process
+            if "CUDA" in str(error):  # its device is lost to this process, but not to another
+                os._exit(1)
+            line = f"{unit['url']}, rows {unit['start']} to {unit['stop']}: unexpected {type(error).__name__}: {error}"
+            return {"split": split, "value": " ".join(line.split()), "error": "BertrayError", "ready": self.ready}
+
+    def _attempt(self, split: str, unit: Unit) -> Receipt:
+        """A unit, encoded under a note that tells others so."""
+        store = self.job.stores[split]
+        if done := store.receipt(unit.key):  # and its receipt was lost on the way
+            return done
+        attempt = store.begin(unit.key, self.job.run, _node())
+        if attempt.number > _ATTEMPTS:
+            raise StoreError(
+                f"{unit.url}, rows {unit.start} to {unit.stop}: encoder processes have ended {_ATTEMPTS} times while "
+                "they were at work there: killed, out of memory, or without a sign of life. Give each more memory "
+                "(fewer ray.workers), or lower data.unit_rows."
+            )
+        with self._lock:
+            self._at_work[split, unit.key] = attempt
+        try:
+            return self._encode(split, unit, attempt)
+        finally:
+            with self._lock:
+                del self._at_work[split, unit.key]
+            with suppress(OSError):
+                store.end(unit.key)
+
+    def _pulse(self) -> None:
+        """Renews the attempts as long as there are signs of life: packs computed, units read."""
+        seen = None
+        while True:
+            time.sleep(min(_PULSE_SECONDS, self.job.patience / 8))
+            signs = (self._signs, self.encoder.steps if not self.failure else 0)
+            if signs != seen:
+                with self._lock, suppress(OSError):
+                    for (split, key), attempt in self._at_work.items():
+                        self.job.stores[split].renew(key, attempt)
+            seen = signs
+
+    def _encode(self, split: str, unit: Unit, attempt: Attempt) -> Receipt:
+        started = time.perf_counter()
+        columns, names = self.job.columns[split], self.job.label_names
+        batch = self._read(split, unit)
+        if names and columns.label:
+            labels.check(_labels(batch), names, unit.url)
+        pairs = batch.rows["text_pair"].to_pylist() if columns.text_pair else None
+        encoded, failed = self.encoder.encode_rows(batch.rows["text"].to_pylist(), pairs)
+        batch = set_aside(batch, failed)
+        kept = np.delete(np.arange(len(encoded.tokens)), list(failed))
+        receipt = Receipt(
+            unit.key,
+            len(kept),
+            batch.rejects.num_rows,
+            _empty(batch.rows["text"]),
+            int(encoded.truncated[kept].sum()),
+            int(encoded.tokens[kept].sum()),
+            round(time.perf_counter() - started, 4),
+            _labels(batch) if columns.label else {},
+            self.encoder.backend.name,
+            int((encoded.windows[kept] > 1).sum()),
+            attempt.lost,
+            self._new_retries(),
+        )
+        self._signs += 1
+        if done := self.job.stores[split].receipt(unit.key):  # another process has gone on with what this one had
+            return done
+        return self.job.stores[split].write_shard(
+            receipt, self.job.finish(batch.rows, encoded.vectors[kept]), batch.rejects
+        )
+
+    def _read(self, split: str, unit: Unit) -> Batch:
+        reader = self._readers[split]
+        batch = self._reading.submit(Location(unit.url).patiently, lambda: reader.read(unit)).result()
+        self._signs += 1
+        return batch
+
+    def _new_retries(self) -> int:
+        """How often something in storage was tried again since this was asked last."""
+        with self._lock:
+            before, self._retries = self._retries, retries()
+            return self._retries - before
+
+
+def _node() -> str:
+    """Ray's id of this node; empty outside of Ray."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
+
+
+def _actor() -> str:
+    """Ray's id of this actor, which it keeps when its process is started again; empty outside of Ray."""
+    import ray
+
+    return str(ray.get_runtime_context().get_actor_id()) if ray.is_initialized() else ""
+
+
+def set_aside(batch: Batch, failed: Mapping[int, str]) -> Batch:
+    """A batch without the rows that cannot be encoded, which become rejects: {row: reason}."""
+    if not failed:
+        return batch
+    bad = sorted(failed)
+    rows = batch.rows.take(bad)
+    rejects = pa.table(
+        {
+            "id": rows["id"],
+            "reason": pa.array([failed[row] for row in bad], pa.string()),
+            "preview": pc.utf8_slice_codeunits(rows["text"], 0, _PREVIEW),
+        }
+    )
+    good = np.delete(np.arange(batch.rows.num_rows), bad)
+    return Batch(batch.rows.take(good), pa.concat_tables([batch.rejects.cast(rejects.schema), rejects]))
+
+
+def _labels(batch: Batch) -> dict[str, int]:
+    """How many rows have each label."""
+    return dict(Counter(batch.rows["label"].to_pylist()))
+
+
+def _empty(texts: pa.ChunkedArray) -> int:
+    return int(pc.sum(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0)).as_py() or 0)
