@@ -34,7 +34,6 @@ from bertray.worker import UNITS_AT_ONCE, Job, UnitEncoder
 _FAILURES = 3  # of the whole pipeline, one after another without a unit done in between
 _LOOK_SECONDS = 15.0  # most between looks at the encoder processes
 _REPLACED_SECONDS = 90.0  # most that Ray is given to replace what ran on a node that died
-_STOP_SECONDS = 20.0  # most that a pipeline is given to stop
 
 
 def embed(
@@ -184,17 +183,26 @@ def _receipts(
         workers.device,
         workers.threads,
     )
-    watch, stop = _Watch(job, workers), threading.Event()
-    for row in _aside(_rows(todo, job, workers, stop), watch.look, stop):
-        if first:
-            ready(max(0.0, row["ready"] - started))  # another node's clock may differ
-            first = False
-        watch.heard()
-        yield row["split"], Receipt(**json.loads(row["value"]))
+    watch, others = _Watch(job, workers), _pipelines()
+    try:
+        for row in _aside(_rows(todo, job, workers), watch.look):
+            if first:
+                ready(max(0.0, row["ready"] - started))  # another node's clock may differ
+                first = False
+            watch.heard()
+            yield row["split"], Receipt(**json.loads(row["value"]))
+    finally:  # what it holds has to be free for whatever comes next
+        for pipeline in _pipelines() - others:
+            pipeline.shutdown(force=True)
 
 
-def _rows(todo: list[tuple[str, Unit]], job: Job, workers: Workers, stop: threading.Event) -> Iterator[dict[str, Any]]:
-    """What the actors answer to each unit; the pipeline ends early when `stop` is set."""
+def _pipelines() -> set[Any]:
+    """Ray Data's executors that are at work: each is a thread. There is no other way to one before its first block."""
+    return {thread for thread in threading.enumerate() if type(thread).__name__ == "StreamingExecutor"}
+
+
+def _rows(todo: list[tuple[str, Unit]], job: Job, workers: Workers) -> Iterator[dict[str, Any]]:
+    """What the actors answer to each unit."""
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -202,7 +210,6 @@ def _rows(todo: list[tuple[str, Unit]], job: Job, workers: Workers, stop: thread
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # it takes slow units for hung ones: see _Watch
     context.max_consecutive_actor_init_deaths = _FAILURES
-    context.custom_execution_callback_classes = _stopping(stop)
     items = [{"split": name, **asdict(unit)} for name, unit in todo]
     receipts = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         UnitEncoder,
@@ -226,58 +233,32 @@ def _rows(todo: list[tuple[str, Unit]], job: Job, workers: Workers, stop: thread
                 yield row
 
 
-def _stopping(stop: threading.Event) -> list[type]:
-    """For Ray Data: a look at `stop` in each step of its loop. Where it is not known, a pipeline ends with its next
-    unit."""
-    try:
-        from ray.data._internal.execution.execution_callback import ExecutionCallback
-    except ImportError:
-        return []
-
-    class Stop(ExecutionCallback):
-        def on_execution_step(self, executor: Any) -> None:
-            if stop.is_set():
-                raise _Stalled("stopped")
-
-    return [Stop]
-
-
-def _aside(items: Iterator[Any], meanwhile: Callable[[], None], stop: threading.Event) -> Iterator[Any]:
+def _aside(items: Iterator[Any], meanwhile: Callable[[], None]) -> Iterator[Any]:
     """Items as they come from an iterator that runs in a thread, so that the caller can look after other things each
-    second, and Ctrl-C finds a thread that waits for nothing of Ray's. `stop` is set when the caller wants no more."""
+    second, and Ctrl-C finds a thread that waits for nothing of Ray's."""
     queue: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
 
     def drain() -> None:
         try:
             for item in items:
                 queue.put((False, item))
-                if stop.is_set():
-                    break
             queue.put((True, None))
         except BaseException as error:
             queue.put((True, error))
 
-    thread = threading.Thread(target=drain, name="bertray-pipeline", daemon=True)
-    thread.start()
-    try:
-        while True:
-            try:
-                ended, item = queue.get(timeout=1)
-            except Empty:
-                meanwhile()
-                continue
-            if ended and item:
-                raise item
-            if ended:
-                return
-            yield item
+    threading.Thread(target=drain, name="bertray-pipeline", daemon=True).start()
+    while True:
+        try:
+            ended, item = queue.get(timeout=1)
+        except Empty:
             meanwhile()
-    except _Stalled:
-        stop.set()
-        thread.join(_STOP_SECONDS)  # what it held has to be free for the next
-        raise
-    finally:
-        stop.set()
+            continue
+        if ended and item:
+            raise item
+        if ended:
+            return
+        yield item
+        meanwhile()
 
 
 @dataclass

@@ -62,38 +62,51 @@ class UnitEncoder:
         self.job = job
         self._readers = {split: Reader(columns) for split, columns in job.columns.items()}
         self._reading = ThreadPoolExecutor(1)
+        self.failure: Exception | None = None  # an actor that cannot start is restarted for ever: units tell of it
         store, start = next(iter(job.stores.values())), f"start-{_actor()}"
         try:
-            if store.begin(start, job.run, _node()).number > _ATTEMPTS:
-                raise ClusterError(
-                    f"An encoder process on {platform.node()} has ended {_ATTEMPTS} times while it started: killed, or "
-                    "out of memory. Give each more memory (fewer ray.workers)."
-                )
-            # Before torch loads its threads' library: a thread that has done its part sleeps soon. Threads that spin
-            # for others take the processor from them where there are more threads than processors.
-            if "OMP_WAIT_POLICY" not in os.environ:
-                os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-            for name in ("scipy", "sklearn", "PIL"):  # transformers imports them where they are installed
-                sys.modules.setdefault(name, None)  # type: ignore[arg-type]
-            from bertray.encoder import Encoder
-
-            checkpoint = checkpoints.find(job.checkpoint, job.revision)
-            if checkpoint.identity != job.identity:
-                raise CheckpointError(
-                    f"{job.checkpoint} is not the same on {platform.node()} as where the job was "
-                    "started. Give every node the same files."
-                )
-            self.encoder, self.failure = Encoder(checkpoint, job.encoder, device, threads), None
-        except Exception as error:  # an actor that cannot start is restarted for ever: tell it with the first unit
-            known = isinstance(error, BertrayError)
-            line = f"An encoder process on {platform.node()} cannot start: {type(error).__name__}: {error}"
-            self.failure = error if known else BertrayError(" ".join(line.split()))
-        with suppress(OSError):
+            attempt = store.begin(start, job.run, _node())
+            self.encoder = self._loaded(attempt, device, threads)
             store.end(start)
+        except (BertrayError, OSError) as error:
+            self.failure = error
         self._at_work: dict[tuple[str, str], Attempt] = {}
         self._signs, self._retries, self._lock = 0, 0, threading.Lock()
         threading.Thread(target=self._pulse, name="bertray-pulse", daemon=True).start()
         self.ready = time.time()
+
+    def _loaded(self, attempt: Attempt, device: str, threads: int) -> Any:
+        """The encoder.
+
+        Raises:
+            BertrayError: it cannot be loaded.
+        """
+        if attempt.number > _ATTEMPTS:
+            raise ClusterError(
+                f"An encoder process on {platform.node()} has ended {_ATTEMPTS} times while it started: killed, or "
+                "out of memory. Give each more memory (fewer ray.workers)."
+            )
+        # Before torch loads its threads' library: a thread that has done its part sleeps soon. Threads that spin for
+        # others take the processor from them where there are more threads than processors.
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        for name in ("scipy", "sklearn", "PIL"):  # transformers imports them where they are installed
+            sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+        try:
+            from bertray.encoder import Encoder
+
+            checkpoint = checkpoints.find(self.job.checkpoint, self.job.revision)
+            if checkpoint.identity != self.job.identity:
+                raise CheckpointError(
+                    f"{self.job.checkpoint} is not the same on {platform.node()} as where the job was started. Give "
+                    "every node the same files."
+                )
+            return Encoder(checkpoint, self.job.encoder, device, threads)
+        except BertrayError:
+            raise
+        except Exception as error:
+            line = f"An encoder process on {platform.node()} cannot start: {type(error).__name__}: {error}"
+            raise BertrayError(" ".join(line.split())) from error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self._answer(**item) for item in batch.to_pylist()])
