@@ -1,17 +1,19 @@
 """File formats: how many rows a file has, and any range of its rows as an Arrow table.
 
 Files are read as streams. Text formats can only be read forwards, so a Rows object keeps its place: reading
-ranges in rising order costs one pass over the file however many ranges there are. Knows nothing of what the
-columns mean.
+ranges in rising order costs one pass over the file however many ranges there are. What is odd in JSON is told cell by
+cell, so that one bad record stops nothing. Knows nothing of what the columns mean.
 """
 
+import csv
 import io
 import itertools
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.csv
@@ -38,6 +40,27 @@ EXTENSIONS = {
 }
 _COMPRESSIONS = {"gz": "gzip", "zst": "zstd", "bz2": "bz2", "lz4": "lz4"}
 _CHUNK = 8192
+_BOM = b"\xef\xbb\xbf"
+_LONGEST = 1 << 26  # characters of one record of a JSON array: a quote that is never closed must not fill the memory
+_PIECE = 1 << 20
+_BEHIND = re.compile(r"[ \t\n\r]*([],])[ \t\n\r]*").match
+_MARKS = re.compile(r'"(?:[^"\\]|\\.)*"|["\[\]{}]', re.DOTALL)
+
+BOOLEAN = "is a boolean"
+FRACTION = "is not a whole number"
+
+
+class Odd(NamedTuple):
+    """A cell of what was read that is not what a table of strings and numbers can hold.
+
+    row: its place in the table. column: empty where all of the row is odd. what: such as "is a list". shown: how it
+    begins. The table holds booleans and fractions as strings, and null for the rest.
+    """
+
+    row: int
+    column: str
+    what: str
+    shown: str
 
 
 def format_of(name: str) -> str:
@@ -77,12 +100,19 @@ def reading(url: str) -> Iterator[None]:
 
 
 class Rows(ABC):
-    """The rows of one file, read forwards from `position`."""
+    """The rows of one file, read forwards from `position`.
+
+    groups: the rows behind which groups end that are best read whole; empty where any cut is as good.
+    odd: the odd cells of the range that was read last.
+    """
+
+    groups: tuple[int, ...] = ()
 
     def __init__(self, location: Location, columns: tuple[str, ...]) -> None:
         self.url = location.url
         self.columns = columns
         self.position = 0
+        self.odd: list[Odd] = []
         self._open(location)
 
     @abstractmethod
@@ -109,6 +139,7 @@ class Rows(ABC):
         Raises:
             SourceError: what is there cannot be read, or the file has fewer rows.
         """
+        self.odd = []
         with reading(self.url):
             self.position += self._skip(start - self.position)
             table = self._take(stop - start)
@@ -124,6 +155,8 @@ class Rows(ABC):
                 f"{self.url} has no column {missing[0]!r}. It has: {', '.join(names)}. "
                 "Set data.text, data.label and so on to the names in the file."
             )
+        if twice := [column for column in self.columns if list(names).count(column) > 1]:
+            raise SourceError(f"{self.url} has several columns {twice[0]!r}. Rename all but one.")
 
 
 class _Batches(Rows):
@@ -160,11 +193,12 @@ class _Parquet(_Batches):
         self._file = pq.ParquetFile(location.open_random())
         self._check_columns(self._file.schema_arrow.names)
         metadata = self._file.metadata
-        self._ends = list(itertools.accumulate(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)))
+        sizes = (metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+        self.groups = tuple(itertools.accumulate(sizes))
         self._from_group(0)
 
     def _from_group(self, group: int) -> None:
-        groups = range(group, len(self._ends))
+        groups = range(group, len(self.groups))
         self._batches = self._file.iter_batches(_CHUNK, row_groups=list(groups), columns=list(self.columns))
         self._rest = None
 
@@ -173,8 +207,8 @@ class _Parquet(_Batches):
 
     def _skip(self, rows: int) -> int:
         target = self.position + rows
-        group = sum(end <= target for end in self._ends)
-        start = self._ends[group - 1] if group else 0
+        group = sum(end <= target for end in self.groups)
+        start = self.groups[group - 1] if group else 0
         if start <= self.position:
             return super()._skip(rows)
         self._from_group(group)
@@ -202,23 +236,41 @@ class _Csv(_Batches):
     delimiter = ","
 
     def _open(self, location: Location) -> None:
+        self._location = location
         try:
-            self._batches = iter(self._reader(location, self.columns))
+            reader = pa.csv.open_csv(
+                location.open("detect"),
+                pa.csv.ReadOptions(block_size=16 << 20),
+                pa.csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True),
+                pa.csv.ConvertOptions(
+                    include_columns=self.columns, column_types=dict.fromkeys(self.columns, pa.string())
+                ),
+            )
         except pa.ArrowKeyError:
-            self._check_columns(self._reader(location, ()).schema.names)
+            self._check_columns(self._header())
             raise
         except pa.ArrowInvalid as error:
             if "Empty CSV file" in str(error):
                 raise SourceError(f"{self.url} is empty.") from None
+            self._header()  # says so if it is UTF-16
             raise
+        self._batches = iter(reader)
 
-    def _reader(self, location: Location, columns: tuple[str, ...]) -> Any:
-        return pa.csv.open_csv(
-            location.open("detect"),
-            pa.csv.ReadOptions(block_size=16 << 20),
-            pa.csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True),
-            pa.csv.ConvertOptions(include_columns=columns, column_types=dict.fromkeys(columns, pa.string())),
-        )
+    def count(self) -> int:
+        self._check_columns(self._header())  # Arrow takes the first of several columns of one name
+        return super().count()
+
+    def _header(self) -> list[str]:
+        with self._location.open("detect") as opened:
+            stream = io.BufferedReader(opened)
+            if stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise SourceError(f"{self.url} is UTF-16 text. Convert it to UTF-8 first, for instance with iconv.")
+            # What is no UTF-8 may lie in a column that nobody reads.
+            lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
+            try:
+                return next(filter(None, csv.reader(lines, delimiter=self.delimiter)), [])
+            except csv.Error as error:
+                raise SourceError(f"{self.url} cannot be read: its header is no CSV ({error}).") from None
 
 
 class _Tsv(_Csv):
@@ -237,7 +289,7 @@ class _Lines(Rows):
     def _take(self, rows: int) -> pa.Table:
         lines = list(itertools.islice(self._lines, rows))
         if self.position == 0 and lines:
-            lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
+            lines[0] = lines[0].removeprefix(_BOM)
         return self._table(lines)
 
     @abstractmethod
@@ -255,76 +307,171 @@ class _Text(_Lines):
 
 class _JsonLines(_Lines):
     def _table(self, lines: list[bytes]) -> pa.Table:
-        records = []
-        for number, line in enumerate(lines, self.position + 1):
-            try:
-                records.append(json.loads(line, parse_constant=_constant) if line.strip() else {})
-            except UnicodeDecodeError:
-                raise SourceError(f"{self.url}:{number} is not UTF-8 text.") from None
-            except ValueError as error:
-                raise SourceError(f"{self.url}:{number} is not JSON: {error}") from None
-        return _from_records(records, self)
+        return _from_records([_record(line) for line in lines], self)
 
 
 class _JsonArray(Rows):
     """One array of records, parsed as a stream."""
 
     def _open(self, location: Location) -> None:
-        import ijson
-
-        stream = io.BufferedReader(location.open("detect"))
-        if stream.peek(3).startswith(b"\xef\xbb\xbf"):
-            stream.read(3)
-        self._records = ijson.items(stream, "item", use_float=True)
-
-    def _next(self, rows: int) -> Iterator[Any]:
-        import ijson
-
-        try:
-            yield from itertools.islice(self._records, rows)
-        except ijson.JSONError as error:
-            raise SourceError(f"{self.url} is not JSON: {' '.join(str(error).split())}") from None
+        stream = io.BufferedReader(location.open("detect"), 1 << 20)
+        self._records = _elements(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), self.url)
 
     def _skip(self, rows: int) -> int:
-        return sum(1 for _ in self._next(rows))
+        return sum(1 for _ in itertools.islice(self._records, rows))
 
     def _take(self, rows: int) -> pa.Table:
-        return _from_records(list(self._next(rows)), self)
+        return _from_records(list(itertools.islice(self._records, rows)), self)
+
+
+class _Unread(NamedTuple):
+    """Stands for a record that cannot be read."""
+
+    what: str
+    shown: str
+
+
+def _record(line: bytes) -> Any:
+    """The record of a line; a blank one holds nothing, and is a record all the same: rows are counted by lines."""
+    try:
+        return _DECODER.decode(line.removeprefix(_BOM).decode()) if line.strip() else {}
+    except (ValueError, RecursionError) as error:
+        return _Unread(f"line {_fault(error)}", line[:400].decode(errors="replace").strip("\r\n")[:80])
+
+
+def _fault(error: Exception) -> str:
+    """What is wrong with a record, without its place: rows with one fault are counted together."""
+    if isinstance(error, UnicodeDecodeError):
+        return "is not UTF-8"
+    if isinstance(error, RecursionError):
+        return "is nested too deeply"
+    return f"is not JSON: {getattr(error, 'msg', 'a number has too many digits').removesuffix(' at').strip()}"
+
+
+def _elements(stream: io.TextIOWrapper, url: str) -> Iterator[Any]:
+    """The elements of the array that a stream holds.
+
+    Raises:
+        SourceError: where an element or the array ends cannot be told.
+    """
+    text = stream.read(_PIECE).lstrip().removeprefix("[").lstrip()
+    place, number, size, mark = 0, 1, _PIECE, ""
+    if text.startswith("]"):
+        place, mark = 1, "]"
+    while mark != "]":
+        try:
+            value, end, mark = _element(text, place)
+        except (ValueError, RecursionError) as error:  # broken, or `text` is too short
+            piece = stream.read(size)
+            if not piece or len(text) - place > _LONGEST:
+                raise SourceError(
+                    f"{url}: record {number} {_fault(error)}. Where the next one begins cannot be told: correct it."
+                ) from None
+            text, place, size = (text[place:] + piece).lstrip(), 0, 2 * size
+            continue
+        yield value
+        place, number, size = end, number + 1, _PIECE
+    if text[place:].strip() or stream.read().strip():
+        raise SourceError(f"{url} is not JSON: something follows the array's end. Correct the file.")
+
+
+def _element(text: str, place: int) -> tuple[Any, int, str]:
+    """The element of an array at `place`, the place of the next, and the comma or bracket between.
+
+    Raises:
+        ValueError, RecursionError: it is broken, or goes on behind `text`.
+    """
+    try:
+        value, end = _DECODER.raw_decode(text, place)
+    except (ValueError, RecursionError) as error:
+        # Brackets tell where it ends, if what is wrong cannot be a missing quote.
+        sure = not isinstance(error, json.JSONDecodeError) or error.msg.startswith("Invalid \\")
+        end = _closing(text, place) if sure else -1
+        if end < 0:
+            raise
+        value = _Unread(f"record {_fault(error)}", text[place : place + 80])
+    if behind := _BEHIND(text, end):
+        return value, behind.end(), behind[1]
+    raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+
+
+def _closing(text: str, place: int) -> int:
+    """Behind the bracket that closes the one at `place`; -1 where there is none."""
+    depth = 0
+    for mark in _MARKS.finditer(text, place):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(mark[0], 0)
+        if depth < 1:
+            return mark.end() if mark[0] in "]}" else -1
+        if mark[0] == '"':  # never closed
+            return -1
+    return -1
 
 
 def _from_records(records: list[Any], rows: Rows) -> pa.Table:
-    """Records of JSON as a table. A key that a record lacks is null, but some record has to have it."""
-    for number, record in enumerate(records, rows.position + 1):
+    """Records of JSON as a table. A key that a record lacks is null, but some of the first that are read has it."""
+    for row, record in enumerate(records):
         if not isinstance(record, dict):
-            raise SourceError(
-                f"{rows.url}: record {number} must be an object such as "
-                f'{{"text": ...}}. Got {str(record)[:60]!r} instead.'
-            )
-    if records and rows.position == 0:
+            known = isinstance(record, _Unread)
+            rows.odd.append(Odd(row, "", *(record if known else ("record is not an object", _shown(record)))))
+            records[row] = {}
+    if rows.position == 0 and len(rows.odd) < len(records):
         rows._check_columns(list(dict.fromkeys(key for record in records for key in record)))
-    arrays = {}
-    for column in rows.columns:
-        values = [record.get(column) for record in records]
-        try:
-            arrays[column] = pa.array(values)
-        except UnicodeEncodeError as error:
-            raise SourceError(
-                f"{rows.url}: column {column!r} holds half a character (a lone surrogate) "
-                f"in {str(error.object)[:40]!a}. Remove it from the text."
-            ) from None
-        except (pa.ArrowException, OverflowError):  # strings and numbers, say: all as strings, as in a CSV file
-            if odd := [value for value in values if isinstance(value, (list, dict))]:
-                raise SourceError(
-                    f"{rows.url}: column {column!r} must hold strings or numbers. Got {str(odd[0])[:60]} instead."
-                ) from None
-            arrays[column] = pa.array([_string(value) for value in values], pa.string())
-    return pa.table(arrays)
+    return pa.table(
+        {column: _array([record.get(column) for record in records], column, rows.odd) for column in rows.columns}
+    )
+
+
+def _array(values: list[Any], column: str, odd: list[Odd]) -> pa.Array:
+    """Values of JSON as an array of one type; as strings, as in a CSV file, where they are of several."""
+    try:
+        array = pa.array(values)
+        kind = array.type
+        if pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind):
+            return array
+        if pa.types.is_floating(kind) and not any(isinstance(value, bool) for value in values):
+            return array
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+        pass  # several types, numbers over 64 bits, or half a character
+    found = [_what(value) for value in values]
+    odd.extend(Odd(row, column, what, _shown(values[row])) for row, what in enumerate(found) if what)
+    kept = ("", BOOLEAN, FRACTION)
+    return pa.array(
+        [_string(value) if what in kept else None for value, what in zip(values, found, strict=True)], pa.string()
+    )
+
+
+def _what(value: Any) -> str:
+    """What is odd about a value of JSON; empty where nothing is."""
+    if isinstance(value, bool):
+        return BOOLEAN
+    if isinstance(value, float):
+        return "" if _is_whole(value) else FRACTION
+    if isinstance(value, list | dict):
+        return "is a list" if isinstance(value, list) else "is an object"
+    try:
+        (value if isinstance(value, str) else "").encode()
+    except UnicodeEncodeError:
+        return "holds half a character (a lone surrogate)"
+    return ""
+
+
+def _is_whole(value: float) -> bool:
+    return value.is_integer() and abs(value) < 2**63
 
 
 def _string(value: Any) -> str | None:
     if isinstance(value, str | None):
         return value
-    return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
+    return json.dumps(int(value) if isinstance(value, float) and _is_whole(value) else value)
+
+
+def _shown(value: Any) -> str:
+    """How a value begins, in characters that any file can hold."""
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        text = "..."
+    return text[:80].encode(errors="backslashreplace").decode()[:80]
 
 
 def _constant(name: str) -> float | None:
@@ -332,9 +479,12 @@ def _constant(name: str) -> float | None:
     return None if name == "NaN" else float(name)
 
 
+_DECODER = json.JSONDecoder(parse_constant=_constant)
+
+
 def _is_array(location: Location) -> bool:
     with reading(location.url), location.open("detect") as stream:
-        return bytes(stream.read(64)).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+        return bytes(stream.read(64)).removeprefix(_BOM).lstrip()[:1] == b"["
 
 
 _KINDS: dict[str, type[Rows]] = {

@@ -7,8 +7,9 @@ frames in memory) is written as Parquet files first. Knows nothing of encoders.
 
 import hashlib
 import math
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,13 +19,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bertray.errors import SourceError
-from bertray.formats import Rows, format_of, open_rows
+from bertray.formats import BOOLEAN, FRACTION, Odd, Rows, format_of, open_rows, reading
 from bertray.spec import Source
 from bertray.storage import FileInfo, Location
 
 UNIT_ROWS = 20_000
 _STAGED_ROWS = 100_000
 _STAGED = re.compile(r"part-\d{5}-[0-9a-f]{16}\.parquet")
+_UNIT_BYTES = 16 << 20
 _PREVIEW_ROWS = 100
 _HASHED_BYTES = 64 << 20
 
@@ -45,7 +47,10 @@ class Columns:
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows start to stop of one file: the grain of work, of retry and of resume."""
+    """Rows start to stop of one file: the grain of work, of retry and of resume.
+
+    version: the file's size and time of change when the unit was cut; empty if nobody is to look.
+    """
 
     url: str
     name: str
@@ -53,6 +58,7 @@ class Unit:
     stamp: str
     start: int
     stop: int
+    version: str = ""
 
     @property
     def key(self) -> str:
@@ -82,27 +88,45 @@ def units(source: Source, columns: Columns, unit_rows: int | str = "auto") -> li
     """
     files = find_files(source)
     with ThreadPoolExecutor(8) as pool:
-        counts = list(pool.map(lambda file: _count(file, source, columns), files))
-    left = source.limit or sum(counts)
+        counting = pool.map(lambda file: _count(file, source, columns), files)
+        stamps = pool.map(_stamp, files)
+        known = list(zip(files, counting, stamps, strict=True))
+    left = source.limit or sum(rows for _, (rows, _), _ in known)
     found = []
-    for file, rows in zip(files, counts, strict=True):
-        step = _unit_rows(rows) if unit_rows == "auto" else int(unit_rows)
-        format, stamp = _format(file, source), _stamp(file)
-        for start in range(0, min(rows, left), step):
-            stop = min(start + step, rows, left)
-            found.append(Unit(file.url, file.name, format, stamp, start, stop))
+    for file, (rows, groups), stamp in known:
+        step = _unit_rows(rows, file.size) if unit_rows == "auto" else int(unit_rows)
+        for start, stop in _ranges(rows, groups, step):
+            if start < left:
+                stop = min(stop, left)
+                found.append(Unit(file.url, file.name, _format(file, source), stamp, start, stop, file.stamp))
         left -= min(rows, left)
     if not found:
         raise SourceError(f"{source.path} holds no rows.")
-    first = found[0]
-    head = replace(first, stop=min(first.stop, _PREVIEW_ROWS))
-    Reader(columns).read(head)  # mistakes in columns show before anything is started
+    _check_first(found[0], columns)
     return found
+
+
+def _check_first(first: Unit, columns: Columns) -> None:
+    """Mistakes in columns show before anything is started: where no row can be used, it is no matter of rows."""
+    head = replace(first, stop=min(first.stop, _PREVIEW_ROWS))
+    try:
+        batch = Reader(columns).read(head)
+    except SourceError:
+        batch = Reader(columns).read(first)  # a key of JSON may occur for the first time later
+    reasons = batch.rejects["reason"].to_pylist()
+    odd = [row for row, reason in enumerate(reasons) if not reason.endswith(" is null")]
+    if odd and not batch.rows.num_rows:
+        raise SourceError(
+            f"{first.url}:{odd[0] + 1}: {reasons[odd[0]]}. None of the first {len(reasons)} rows can be used: correct "
+            "the file, or set data.text, data.label and so on to the columns meant."
+        )
 
 
 def find_files(source: Source) -> list[FileInfo]:
     """The files that a source with a path names, sorted by name."""
-    files = Location(source.path).match()
+    location = Location(source.path)
+    with reading(location.url):
+        files = [file for file in location.match() if not _goes_round(location, file)]
     if not files:
         raise SourceError(
             f"{source.path} does not exist, or no file fits it. Check the path (relative paths start "
@@ -127,8 +151,22 @@ def _format(file: FileInfo, source: Source) -> str:
     raise SourceError(f"{file.url}: the name does not tell the format. Set format to parquet, csv, jsonl or another.")
 
 
-def _count(file: FileInfo, source: Source, columns: Columns) -> int:
-    return open_rows(file.url, _format(file, source), columns.names).count() if file.size else 0
+def _goes_round(location: Location, file: FileInfo) -> bool:
+    """Whether a link on the way to a file leads back to a folder above it: it is listed without that already."""
+    if not location.local or "/" not in file.name:
+        return False
+    steps = file.url.split("/")[:-1]
+    base = len(steps) - file.name.count("/")
+    folders = ["/".join(steps[:end]) for end in range(base, len(steps) + 1)]
+    return len({os.path.realpath(folder) for folder in folders}) < len(folders)
+
+
+def _count(file: FileInfo, source: Source, columns: Columns) -> tuple[int, tuple[int, ...]]:
+    """How many rows a file has, and behind which of them its groups end."""
+    if not file.size:
+        return 0, ()
+    rows = open_rows(file.url, _format(file, source), columns.names)
+    return rows.count(), rows.groups
 
 
 def _stamp(file: FileInfo) -> str:
@@ -137,12 +175,48 @@ def _stamp(file: FileInfo) -> str:
     location = Location(file.url)
     if file.size > _HASHED_BYTES or not location.local:
         return file.stamp
-    return hashlib.sha256(location.read()).hexdigest()
+    with reading(file.url):
+        return hashlib.sha256(location.read()).hexdigest()
 
 
-def _unit_rows(rows: int) -> int:
-    """About 16 units a file, so that small files spread over workers too, of 2,000 to 20,000 rows."""
-    return min(UNIT_ROWS, max(2_000, math.ceil(rows / 16)))
+def _check_unchanged(unit: Unit) -> None:
+    """Raises a SourceError if a unit's file is not what it was when the unit was cut."""
+    if not unit.version:
+        return
+    location = Location(unit.url)
+    with reading(unit.url):
+        now = location.match()
+    # Object stores tell fractions of a second in listings only. A local file may be another node's copy.
+    seconds = re.compile("$^" if location.local else r"(?<=\d)\d{9}$")
+    same = now and seconds.sub("", now[0].stamp) == seconds.sub("", unit.version)
+    if not same and not (now and _stamp(now[0]) == unit.stamp):
+        raise SourceError(f"{unit.url} has changed since this run looked at it. Run the command again.")
+
+
+def _unit_rows(rows: int, size: int) -> int:
+    """About 16 units a file, so that small files spread over workers too, of 2,000 to 20,000 rows; fewer where those
+    are more than 16 MB of the file."""
+    step = min(UNIT_ROWS, max(2_000, math.ceil(rows / 16)))
+    return max(1, min(step, _UNIT_BYTES * rows // max(1, size)))
+
+
+def _ranges(rows: int, groups: Sequence[int], step: int) -> Iterator[tuple[int, int]]:
+    """Ranges of at most `step` rows. Of groups, a large one is cut inside itself and small ones are joined."""
+    if not groups:
+        yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
+        return
+    start = last = 0
+    for end in groups:
+        if start < last and end - start > step:
+            yield start, last
+            start = last
+        last = end
+        if end - start > step:
+            size, parts = end - start, math.ceil((end - start) / step)
+            yield from ((start + size * part // parts, start + size * (part + 1) // parts) for part in range(parts))
+            start = end
+    if start < last:
+        yield start, last
 
 
 class Reader:
@@ -158,36 +232,53 @@ class Reader:
         Raises:
             SourceError: the rows are not there any more, or a column holds what it must not.
         """
-        if self._rows is None or self._rows.url != unit.url or self._rows.position > unit.start:
-            self._rows = open_rows(unit.url, unit.format, self.columns.names)
-        rows, self._rows = self._rows, None  # after an error its place in the file is not known
-        table = rows.read(unit.start, unit.stop)
+        try:
+            if self._rows is None or self._rows.url != unit.url or self._rows.position > unit.start:
+                _check_unchanged(unit)
+                self._rows = open_rows(unit.url, unit.format, self.columns.names)
+            rows, self._rows = self._rows, None  # after an error its place in the file is not known
+            table = rows.read(unit.start, unit.stop)
+        except SourceError:
+            _check_unchanged(unit)  # which may be why
+            raise
+        _check_unchanged(unit)
         self._rows = rows
-        return normalize(table, self.columns, unit)
+        with reading(unit.url):
+            return normalize(table, self.columns, unit, rows.odd)
 
 
-def normalize(table: pa.Table, columns: Columns, unit: Unit) -> Batch:
-    """Bring the user's columns into their form: ids, texts and labels as strings, rejects apart."""
-    place = f"{unit.url} (rows {unit.start} to {unit.stop})"
-    # An empty field of a CSV file is an empty text, but neither an id nor a label.
-    none = "" if unit.format in ("csv", "tsv") else None
+def normalize(table: pa.Table, columns: Columns, unit: Unit, odd: Sequence[Odd] = ()) -> Batch:
+    """Bring the user's columns into their form: ids, texts and labels as strings, rejects apart.
+
+    Args:
+        odd: the cells of the table that are not as they should be.
+    """
     derived = pa.array([f"{unit.name}:{row}" for row in range(unit.start, unit.start + table.num_rows)], pa.string())
-    ids = pc.coalesce(_keys(table, columns.id, place, none), derived) if columns.id else derived
-    arrays = {"id": ids, "text": _texts(table, columns.text, place)}
-    if columns.text_pair:
-        arrays["text_pair"] = _texts(table, columns.text_pair, place)
-    arrays["label"] = (
-        _keys(table, columns.label, place, none) if columns.label else pa.nulls(table.num_rows, pa.string())
-    )
-    required = [name for name in ("text", "text_pair", "label") if getattr(columns, name)]
-    rows = pa.table(arrays)
-    reason = pa.nulls(table.num_rows, pa.string())
-    for name in required:
-        reason = pc.if_else(pc.and_(pc.is_null(reason), pc.is_null(rows[name])), f"{name} is null", reason)
+    arrays, reasons = {}, [_reasons({cell.row: cell.what for cell in odd if not cell.column}, table.num_rows)]
+    for role in ("text", "text_pair", "label", "id"):
+        if column := getattr(columns, role):
+            values, wrong = (_texts if role.startswith("text") else _keys)(table, column, unit)
+            fine = FRACTION if role.startswith("text") else BOOLEAN
+            wrong |= {cell.row: cell.what for cell in odd if cell.column == column and cell.what != fine}
+            arrays[role] = values
+            reasons.append(_reasons({row: f"{role} {what}" for row, what in wrong.items()}, table.num_rows))
+            if role != "id":
+                reasons.append(pc.if_else(pc.is_null(values), f"{role} is null", pa.scalar(None, pa.string())))
+    ids = pc.coalesce(arrays["id"], derived) if columns.id else derived
+    label = arrays.get("label", pa.nulls(table.num_rows, pa.string()))
+    pair = {"text_pair": arrays["text_pair"]} if columns.text_pair else {}
+    rows = pa.table({"id": ids, "text": arrays["text"], **pair, "label": label})
+    reason = pc.coalesce(*reasons)
     rejected = pc.is_valid(reason)
-    preview = pc.utf8_slice_codeunits(pc.coalesce(rows["text"], ""), 0, 80)
+    shown = _reasons({cell.row: cell.shown for cell in odd if cell.column in ("", columns.text)}, table.num_rows)
+    preview = pc.utf8_slice_codeunits(pc.coalesce(rows["text"], shown, ""), 0, 80)
     rejects = pa.table({"id": rows["id"], "reason": reason, "preview": preview}).filter(rejected)
     return Batch(rows.filter(pc.invert(rejected)).combine_chunks(), rejects)
+
+
+def _reasons(found: dict[int, str], rows: int) -> pa.Array:
+    """What was found as a column of strings, null in all other rows."""
+    return pa.array([found.get(row) for row in range(rows)], pa.string()) if found else pa.nulls(rows, pa.string())
 
 
 def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
@@ -195,29 +286,61 @@ def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
-def _texts(table: pa.Table, name: str, place: str) -> pa.ChunkedArray:
+def _texts(table: pa.Table, name: str, unit: Unit) -> tuple[pa.ChunkedArray, dict[int, str]]:
+    """A column of texts as strings, and what is wrong in which rows."""
     column = _column(table, name)
-    if not (_is_string(column.type) or pa.types.is_null(column.type)):
-        raise SourceError(f"{place}: column {name!r} must hold strings. It holds {column.type} instead.")
-    return column.cast(pa.string())
+    if _is_string(column.type) or pa.types.is_null(column.type):
+        return _strings(column)
+    if unit.format in ("json", "jsonl"):  # each record has its own types
+        what = BOOLEAN if pa.types.is_boolean(column.type) else "is a number"
+        return pa.chunked_array([pa.nulls(len(column), pa.string())]), dict.fromkeys(_places(pc.is_valid(column)), what)
+    raise SourceError(f"{_place(unit)}: column {name!r} must hold strings. It holds {column.type} instead.")
 
 
-def _keys(table: pa.Table, name: str, place: str, none: str | None) -> pa.ChunkedArray:
-    """A column of ids or labels as strings: strings, whole numbers and booleans; `none` stands for null."""
-    column = _column(table, name)
+def _keys(table: pa.Table, name: str, unit: Unit) -> tuple[pa.ChunkedArray, dict[int, str]]:
+    """A column of ids or labels as strings: strings, whole numbers and booleans. And what is wrong in which rows."""
+    column, wrong = _column(table, name), {}
     if pa.types.is_floating(column.type):  # whole numbers beside missing ones, as pandas keeps them
+        column = column.cast(pa.float64())
         column = pc.if_else(pc.is_nan(column), None, column)
-        if (
-            pc.all(pc.is_finite(column)).as_py() is not False
-            and pc.all(pc.equal(column, pc.floor(column))).as_py() is not False
-        ):
-            column = column.cast(pa.int64())
+        whole = pc.and_(pc.equal(column, pc.floor(column)), pc.less(pc.abs(column), 2.0**63))
+        wrong = dict.fromkeys(_places(pc.invert(whole)), FRACTION)
+        column = pc.if_else(whole, column, None).cast(pa.int64())
     if not any(test(column.type) for test in (_is_string, pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)):
         raise SourceError(
-            f"{place}: column {name!r} must hold strings or whole numbers. It holds {column.type} instead."
+            f"{_place(unit)}: column {name!r} must hold strings or whole numbers. It holds {column.type} instead."
         )
+    column, undecodable = _strings(column)
+    if unit.format in ("csv", "tsv"):  # an empty field is an empty text, but neither an id nor a label
+        column = pc.if_else(pc.equal(column, ""), None, column)
+    return column, wrong | undecodable
+
+
+def _strings(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, dict[int, str]]:
+    """A column as strings. Parquet and Arrow files may hold bytes there that are none: those become null."""
     column = column.cast(pa.string())
-    return column if none is None else pc.if_else(pc.equal(column, none), None, column)
+    try:
+        column.validate(full=True)
+        return column, {}
+    except pa.ArrowInvalid:
+        values = [_decoded(value) for value in column.cast(pa.binary()).to_pylist()]
+    wrong = [row for row, valid in enumerate(column.is_valid().to_pylist()) if valid and values[row] is None]
+    return pa.chunked_array([pa.array(values, pa.string())]), dict.fromkeys(wrong, "is not UTF-8")
+
+
+def _decoded(value: bytes | None) -> str | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _places(chosen: pa.ChunkedArray) -> list[int]:
+    return pc.indices_nonzero(chosen).to_pylist()
+
+
+def _place(unit: Unit) -> str:
+    return f"{unit.url} (rows {unit.start} to {unit.stop})"
 
 
 def _is_string(kind: pa.DataType) -> bool:
