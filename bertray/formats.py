@@ -334,7 +334,8 @@ class _Unread(NamedTuple):
 def _record(line: bytes) -> Any:
     """The record of a line; a blank one holds nothing, and is a record all the same: rows are counted by lines."""
     try:
-        return _DECODER.decode(line.removeprefix(_BOM).decode()) if line.strip() else {}
+        text = line.strip(b" \t\r\n").removeprefix(_BOM).decode()
+        return _DECODER.decode(text) if text else {}
     except (ValueError, RecursionError) as error:
         return _Unread(f"line {_fault(error)}", line[:400].decode(errors="replace").strip("\r\n")[:80])
 

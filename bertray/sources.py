@@ -293,7 +293,7 @@ def _texts(table: pa.Table, name: str, unit: Unit) -> tuple[pa.ChunkedArray, dic
         return _strings(column)
     if unit.format in ("json", "jsonl"):  # each record has its own types
         what = BOOLEAN if pa.types.is_boolean(column.type) else "is a number"
-        return pa.chunked_array([pa.nulls(len(column), pa.string())]), dict.fromkeys(_places(pc.is_valid(column)), what)
+        return column.cast(pa.string()), dict.fromkeys(_places(pc.is_valid(column)), what)
     raise SourceError(f"{_place(unit)}: column {name!r} must hold strings. It holds {column.type} instead.")
 
 
