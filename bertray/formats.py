@@ -415,8 +415,8 @@ def _from_records(records: list[Any], rows: Rows) -> pa.Table:
             known = isinstance(record, _Unread)
             rows.odd.append(Odd(row, "", *(record if known else ("record is not an object", _shown(record)))))
             records[row] = {}
-    if rows.position == 0 and len(rows.odd) < len(records):
-        rows._check_columns(list(dict.fromkeys(key for record in records for key in record)))
+    if rows.position == 0 and (names := list(dict.fromkeys(key for record in records for key in record))):
+        rows._check_columns(names)
     return pa.table(
         {column: _array([record.get(column) for record in records], column, rows.odd) for column in rows.columns}
     )

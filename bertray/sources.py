@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -179,11 +180,17 @@ def _stamp(file: FileInfo) -> str:
         return hashlib.sha256(location.read()).hexdigest()
 
 
+@lru_cache(8)
+def _location(url: str) -> Location:
+    """Kept, since a connection to an object store costs more than a look at a file."""
+    return Location(url)
+
+
 def _check_unchanged(unit: Unit) -> None:
     """Raises a SourceError if a unit's file is not what it was when the unit was cut."""
     if not unit.version:
         return
-    location = Location(unit.url)
+    location = _location(unit.url)
     with reading(unit.url):
         now = location.match()
     # Object stores tell fractions of a second in listings only. A local file may be another node's copy.

@@ -444,6 +444,14 @@ def test_files_of_several_schemas(tmp_path):
     refused(tmp_path / "lines", "b.jsonl has no column 'label'. It has: text", LABELLED)
 
 
+def test_a_file_of_nothing_but_blank_lines_among_others(tmp_path):
+    put(tmp_path, "a.jsonl", lines(good()))
+    put(tmp_path, "b.jsonl", b"\n{}\n")
+    rows, rejects = read(tmp_path, LABELLED)
+    assert rows["text"].to_pylist() == ["good"]
+    assert [reject["id"] for reject in rejects] == ["b.jsonl:0", "b.jsonl:1"]
+
+
 def test_empty_row_groups(tmp_path):
     with pq.ParquetWriter(tmp_path / "rows.parquet", pa.schema([("text", pa.string())])) as writer:
         for size in (0, 3, 0, 0, 2, 0):
