@@ -44,7 +44,7 @@ _BOM = b"\xef\xbb\xbf"
 _LONGEST = 1 << 26  # characters of one record of a JSON array: a quote that is never closed must not fill the memory
 _PIECE = 1 << 20
 _BEHIND = re.compile(r"[ \t\n\r]*([],])[ \t\n\r]*").match
-_MARKS = re.compile(r'"(?:[^"\\]|\\.)*"|["\[\]{}]', re.DOTALL)
+_MARKS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{}]', re.DOTALL)
 
 BOOLEAN = "is a boolean"
 FRACTION = "is not a whole number"
@@ -147,6 +147,10 @@ class Rows(ABC):
             raise SourceError(f"{self.url} has become shorter: rows up to {stop} were expected. Run the command again.")
         self.position = stop
         return table
+
+    def _refuse_utf16(self, stream: io.BufferedReader) -> None:
+        if stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise SourceError(f"{self.url} is UTF-16 text. Convert it to UTF-8 first, for instance with iconv.")
 
     def _check_columns(self, names: Sequence[str]) -> None:
         missing = [column for column in self.columns if column not in names]
@@ -263,8 +267,7 @@ class _Csv(_Batches):
     def _header(self) -> list[str]:
         with self._location.open("detect") as opened:
             stream = io.BufferedReader(opened)
-            if stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise SourceError(f"{self.url} is UTF-16 text. Convert it to UTF-8 first, for instance with iconv.")
+            self._refuse_utf16(stream)
             # What is no UTF-8 may lie in a column that nobody reads.
             lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
             try:
@@ -282,6 +285,7 @@ class _Lines(Rows):
 
     def _open(self, location: Location) -> None:
         self._lines = io.BufferedReader(location.open("detect"), 1 << 20)
+        self._refuse_utf16(self._lines)
 
     def _skip(self, rows: int) -> int:
         return sum(1 for _ in itertools.islice(self._lines, rows))
@@ -302,7 +306,8 @@ class _Text(_Lines):
         super()._open(location)
 
     def _table(self, lines: list[bytes]) -> pa.Table:
-        return pa.table({"text": pa.array([line.rstrip(b"\r\n").decode() for line in lines], pa.string())})
+        texts = [line.rstrip(b"\r\n").decode(errors="surrogateescape") for line in lines]
+        return pa.table({"text": _array(texts, "text", self.odd)})
 
 
 class _JsonLines(_Lines):
@@ -315,7 +320,9 @@ class _JsonArray(Rows):
 
     def _open(self, location: Location) -> None:
         stream = io.BufferedReader(location.open("detect"), 1 << 20)
-        self._records = _elements(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), self.url)
+        # Bytes that are no UTF-8 become half characters, and are told with the cells that hold them.
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        self._records = _elements(text, self.url)
 
     def _skip(self, rows: int) -> int:
         return sum(1 for _ in itertools.islice(self._records, rows))
@@ -390,7 +397,7 @@ def _element(text: str, place: int) -> tuple[Any, int, str]:
         end = _closing(text, place) if sure else -1
         if end < 0:
             raise
-        value = _Unread(f"record {_fault(error)}", text[place : place + 80])
+        value = _Unread(f"record {_fault(error)}", _shown(text[place : place + 80]))
     if behind := _BEHIND(text, end):
         return value, behind.end(), behind[1]
     raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
@@ -451,8 +458,9 @@ def _what(value: Any) -> str:
         return "is a list" if isinstance(value, list) else "is an object"
     try:
         (value if isinstance(value, str) else "").encode()
-    except UnicodeEncodeError:
-        return "holds half a character (a lone surrogate)"
+    except UnicodeEncodeError as error:
+        escaped = "\udc80" <= value[error.start] <= "\udcff"  # as Python decodes bytes that are none
+        return "is not UTF-8" if escaped else "holds half a character (a lone surrogate)"
     return ""
 
 

@@ -410,8 +410,8 @@ def _tables(rows: Any, names: Iterable[str]) -> Iterator[pa.Table]:
     else:
         try:
             table = rows if isinstance(rows, pa.Table) else pa.Table.from_pandas(rows[names], preserve_index=False)
-        except pa.ArrowException as error:
-            raise SourceError(f"The rows cannot be read: {' '.join(map(str, error.args))}") from None
+        except (pa.ArrowException, ValueError) as error:  # ValueError: half characters, columns of one name
+            raise SourceError(f"The rows cannot be read: {' '.join(str(error).split())}") from None
         batches = (table.slice(start, _STAGED_ROWS) for start in range(0, table.num_rows, _STAGED_ROWS))
     for batch in batches:
         yield batch.select(names).replace_schema_metadata(None)

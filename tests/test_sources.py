@@ -167,7 +167,7 @@ BAD = {
     "float.jsonl": ('{"text": "a", "label": 0.5}\n', "float.jsonl:1: label is not a whole number"),
     "latin.jsonl": (b'{"text": "\xe9", "label": 1}\n', "latin.jsonl:1: line is not UTF-8"),
     "latin.csv": (b"text,label\n\xe9,1\n", "latin.csv cannot be read: .*UTF8"),
-    "latin.txt": (b"\xe9\n", "latin.txt is not UTF-8"),
+    "latin.txt": (b"\xe9\n", "latin.txt:1: text is not UTF-8"),
     "surrogate.jsonl": ('{"text": "\\ud800", "label": 1}\n', "surrogate.jsonl:1: text holds half a character"),
     "inf.jsonl": ('{"text": "a", "label": Infinity}\n', "inf.jsonl:1: label is not a whole number"),
     "not.parquet": ("hello", "not.parquet cannot be read"),
