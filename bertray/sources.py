@@ -263,24 +263,31 @@ def normalize(table: pa.Table, columns: Columns, unit: Unit, odd: Sequence[Odd] 
     derived = pa.array([f"{unit.name}:{row}" for row in range(unit.start, unit.start + table.num_rows)], pa.string())
     arrays, reasons = {}, [_reasons({cell.row: cell.what for cell in odd if not cell.column}, table.num_rows)]
     for role in ("text", "text_pair", "label", "id"):
-        if column := getattr(columns, role):
-            values, wrong = (_texts if role.startswith("text") else _keys)(table, column, unit)
-            fine = FRACTION if role.startswith("text") else BOOLEAN
-            wrong |= {cell.row: cell.what for cell in odd if cell.column == column and cell.what != fine}
-            arrays[role] = values
-            reasons.append(_reasons({row: f"{role} {what}" for row, what in wrong.items()}, table.num_rows))
+        if getattr(columns, role):
+            arrays[role], wrong = _values(table, role, columns, unit, odd)
+            reasons.append(_reasons(wrong, table.num_rows))
             if role != "id":
-                reasons.append(pc.if_else(pc.is_null(values), f"{role} is null", pa.scalar(None, pa.string())))
-    ids = pc.coalesce(arrays["id"], derived) if columns.id else derived
-    label = arrays.get("label", pa.nulls(table.num_rows, pa.string()))
-    pair = {"text_pair": arrays["text_pair"]} if columns.text_pair else {}
-    rows = pa.table({"id": ids, "text": arrays["text"], **pair, "label": label})
+                reasons.append(pc.if_else(pc.is_null(arrays[role]), f"{role} is null", pa.scalar(None, pa.string())))
+    arrays["id"] = pc.coalesce(arrays["id"], derived) if columns.id else derived
+    arrays.setdefault("label", pa.nulls(table.num_rows, pa.string()))
+    rows = pa.table({role: arrays[role] for role in ("id", "text", "text_pair", "label") if role in arrays})
     reason = pc.coalesce(*reasons)
     rejected = pc.is_valid(reason)
     shown = _reasons({cell.row: cell.shown for cell in odd if cell.column in ("", columns.text)}, table.num_rows)
     preview = pc.utf8_slice_codeunits(pc.coalesce(rows["text"], shown, ""), 0, 80)
     rejects = pa.table({"id": rows["id"], "reason": reason, "preview": preview}).filter(rejected)
     return Batch(rows.filter(pc.invert(rejected)).combine_chunks(), rejects)
+
+
+def _values(
+    table: pa.Table, role: str, columns: Columns, unit: Unit, odd: Sequence[Odd]
+) -> tuple[pa.ChunkedArray, dict[int, str]]:
+    """The column that has a role, as strings, and the reasons why rows cannot be used for it."""
+    column = getattr(columns, role)
+    read, fine = (_texts, FRACTION) if role.startswith("text") else (_keys, BOOLEAN)
+    values, wrong = read(table, column, unit)
+    wrong |= {cell.row: cell.what for cell in odd if cell.column == column and cell.what != fine}
+    return values, {row: f"{role} {what}" for row, what in wrong.items()}
 
 
 def _reasons(found: dict[int, str], rows: int) -> pa.Array:

@@ -429,6 +429,27 @@ def test_bytes_in_a_column_of_strings(tmp_path):
     assert rejects == [{"id": "rows.parquet:0", "reason": "text is not UTF-8", "preview": ""}]
 
 
+@pytest.mark.parametrize("format", ["parquet", "jsonl", "json"])
+def test_bad_rows_far_from_the_start_of_a_large_unit(tmp_path, format):
+    """Arrow reads them in several chunks."""
+    labels = [float(i % 3) for i in range(19_000)]
+    labels[9_000], labels[17_001] = 0.5, None
+    table = pa.table({"text": [f"t{i}" for i in range(19_000)], "label": labels})
+    contents = {
+        "parquet": table,
+        "jsonl": lines(*table.to_pylist()),
+        "json": json.dumps(table.to_pylist(), indent=1),
+    }
+    rows, rejects = read(put(tmp_path, f"rows.{format}", contents[format]), LABELLED, 20_000)
+    name = f"rows.{format}"
+    assert rejects == [
+        {"id": f"{name}:9000", "reason": "label is not a whole number", "preview": "t9000"},
+        {"id": f"{name}:17001", "reason": "label is null", "preview": "t17001"},
+    ]
+    assert rows["text"].to_pylist() == [f"t{i}" for i in range(19_000) if i not in (9_000, 17_001)]
+    assert set(rows["label"].to_pylist()) == {"0", "1", "2"}
+
+
 def test_ten_million_rows_of_one_letter(tmp_path):
     path = put(tmp_path, "rows.txt", b"a\n" * 10_000_000)
     cut = units(Source(path=str(path), limit=25_000), TEXT)
