@@ -1,10 +1,11 @@
 """File formats: how many rows a file has, and any range of its rows as an Arrow table.
 
 Files are read as streams. Text formats can only be read forwards, so a Rows object keeps its place: reading
-ranges in rising order costs one pass over the file however many ranges there are. Knows nothing of what the
-columns mean.
+ranges in rising order costs one pass over the file however many ranges there are. What is odd in JSON is told cell by
+cell, so that one bad record stops nothing. Knows nothing of what the columns mean.
 """
 
+import csv
 import io
 import itertools
 import json
@@ -12,7 +13,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.csv
@@ -37,12 +38,29 @@ EXTENSIONS = {
     "txt": "text",
     "text": "text",
 }
-# Columns beside the user's, if rows are at fault: what is wrong with each, and what it holds.
-FAULT, RAW = "\0fault", "\0raw"
-_RAW_CHARACTERS = 200
-_SPACES = re.compile(r"[ \t\r\n]*")
 _COMPRESSIONS = {"gz": "gzip", "zst": "zstd", "bz2": "bz2", "lz4": "lz4"}
 _CHUNK = 8192
+_BOM = b"\xef\xbb\xbf"
+_LONGEST = 1 << 26  # characters of one record of a JSON array: a quote that is never closed must not fill the memory
+_PIECE = 1 << 20
+_BEHIND = re.compile(r"[ \t\n\r]*([],])[ \t\n\r]*").match
+_MARKS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{}]', re.DOTALL)
+
+BOOLEAN = "is a boolean"
+FRACTION = "is not a whole number"
+
+
+class Odd(NamedTuple):
+    """A cell of what was read that is not what a table of strings and numbers can hold.
+
+    row: its place in the table. column: empty where all of the row is odd. what: such as "is a list". shown: how it
+    begins. The table holds booleans and fractions as strings, and null for the rest.
+    """
+
+    row: int
+    column: str
+    what: str
+    shown: str
 
 
 def format_of(name: str) -> str:
@@ -82,12 +100,19 @@ def reading(url: str) -> Iterator[None]:
 
 
 class Rows(ABC):
-    """The rows of one file, read forwards from `position`."""
+    """The rows of one file, read forwards from `position`.
+
+    groups: the rows behind which groups end that are best read whole; empty where any cut is as good.
+    odd: the odd cells of the range that was read last.
+    """
+
+    groups: tuple[int, ...] = ()
 
     def __init__(self, location: Location, columns: tuple[str, ...]) -> None:
         self.url = location.url
         self.columns = columns
         self.position = 0
+        self.odd: list[Odd] = []
         self._open(location)
 
     @abstractmethod
@@ -108,17 +133,13 @@ class Rows(ABC):
         self.position += passed
         return passed
 
-    def groups(self) -> list[int]:
-        """How many rows each part of the file has that can be read without those before it, from here to the end."""
-        return [self.count()]
-
     def read(self, start: int, stop: int) -> pa.Table:
-        """Rows start to stop; start must not lie behind `position`. Rows that are not what they should be, but leave
-        those behind them to be read, are null, with the reason in the columns FAULT and RAW.
+        """Rows start to stop; start must not lie behind `position`.
 
         Raises:
             SourceError: what is there cannot be read, or the file has fewer rows.
         """
+        self.odd = []
         with reading(self.url):
             self.position += self._skip(start - self.position)
             table = self._take(stop - start)
@@ -127,6 +148,10 @@ class Rows(ABC):
         self.position = stop
         return table
 
+    def _refuse_utf16(self, stream: io.BufferedReader) -> None:
+        if stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise SourceError(f"{self.url} is UTF-16 text. Convert it to UTF-8 first, for instance with iconv.")
+
     def _check_columns(self, names: Sequence[str]) -> None:
         missing = [column for column in self.columns if column not in names]
         if missing:
@@ -134,6 +159,8 @@ class Rows(ABC):
                 f"{self.url} has no column {missing[0]!r}. It has: {', '.join(names)}. "
                 "Set data.text, data.label and so on to the names in the file."
             )
+        if twice := [column for column in self.columns if list(names).count(column) > 1]:
+            raise SourceError(f"{self.url} has several columns {twice[0]!r}. Rename all but one.")
 
 
 class _Batches(Rows):
@@ -170,24 +197,22 @@ class _Parquet(_Batches):
         self._file = pq.ParquetFile(location.open_random())
         self._check_columns(self._file.schema_arrow.names)
         metadata = self._file.metadata
-        self._ends = list(itertools.accumulate(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)))
+        sizes = (metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+        self.groups = tuple(itertools.accumulate(sizes))
         self._from_group(0)
 
     def _from_group(self, group: int) -> None:
-        groups = range(group, len(self._ends))
+        groups = range(group, len(self.groups))
         self._batches = self._file.iter_batches(_CHUNK, row_groups=list(groups), columns=list(self.columns))
         self._rest = None
 
     def count(self) -> int:
-        return sum(self.groups())
-
-    def groups(self) -> list[int]:
-        return [self._file.metadata.row_group(i).num_rows for i in range(len(self._ends))]
+        return self._file.metadata.num_rows - self.position
 
     def _skip(self, rows: int) -> int:
         target = self.position + rows
-        group = sum(end <= target for end in self._ends)
-        start = self._ends[group - 1] if group else 0
+        group = sum(end <= target for end in self.groups)
+        start = self.groups[group - 1] if group else 0
         if start <= self.position:
             return super()._skip(rows)
         self._from_group(group)
@@ -215,23 +240,40 @@ class _Csv(_Batches):
     delimiter = ","
 
     def _open(self, location: Location) -> None:
+        self._location = location
         try:
-            self._batches = iter(self._reader(location, self.columns))
+            reader = pa.csv.open_csv(
+                location.open("detect"),
+                pa.csv.ReadOptions(block_size=16 << 20),
+                pa.csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True),
+                pa.csv.ConvertOptions(
+                    include_columns=self.columns, column_types=dict.fromkeys(self.columns, pa.string())
+                ),
+            )
         except pa.ArrowKeyError:
-            self._check_columns(self._reader(location, ()).schema.names)
+            self._check_columns(self._header())
             raise
         except pa.ArrowInvalid as error:
             if "Empty CSV file" in str(error):
                 raise SourceError(f"{self.url} is empty.") from None
+            self._header()  # says so if it is UTF-16
             raise
+        self._batches = iter(reader)
 
-    def _reader(self, location: Location, columns: tuple[str, ...]) -> Any:
-        return pa.csv.open_csv(
-            location.open("detect"),
-            pa.csv.ReadOptions(block_size=16 << 20),
-            pa.csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True),
-            pa.csv.ConvertOptions(include_columns=columns, column_types=dict.fromkeys(columns, pa.string())),
-        )
+    def count(self) -> int:
+        self._check_columns(self._header())  # Arrow takes the first of several columns of one name
+        return super().count()
+
+    def _header(self) -> list[str]:
+        with self._location.open("detect") as opened:
+            stream = io.BufferedReader(opened)
+            self._refuse_utf16(stream)
+            # What is no UTF-8 may lie in a column that nobody reads.
+            lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
+            try:
+                return next(filter(None, csv.reader(lines, delimiter=self.delimiter)), [])
+            except csv.Error as error:
+                raise SourceError(f"{self.url} cannot be read: its header is no CSV ({error}).") from None
 
 
 class _Tsv(_Csv):
@@ -243,6 +285,7 @@ class _Lines(Rows):
 
     def _open(self, location: Location) -> None:
         self._lines = io.BufferedReader(location.open("detect"), 1 << 20)
+        self._refuse_utf16(self._lines)
 
     def _skip(self, rows: int) -> int:
         return sum(1 for _ in itertools.islice(self._lines, rows))
@@ -250,7 +293,7 @@ class _Lines(Rows):
     def _take(self, rows: int) -> pa.Table:
         lines = list(itertools.islice(self._lines, rows))
         if self.position == 0 and lines:
-            lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
+            lines[0] = lines[0].removeprefix(_BOM)
         return self._table(lines)
 
     @abstractmethod
@@ -263,85 +306,23 @@ class _Text(_Lines):
         super()._open(location)
 
     def _table(self, lines: list[bytes]) -> pa.Table:
-        faults: dict[int, str] = {}
-        texts: list[str | None] = []
-        for row, line in enumerate(lines):
-            try:
-                texts.append(line.rstrip(b"\r\n").decode())
-            except UnicodeDecodeError:
-                texts.append(None)
-                faults[row] = f"line {self.position + row + 1} is not UTF-8 text"
-        return _with_faults(pa.table({"text": pa.array(texts, pa.string())}), faults, lines)
+        texts = [line.rstrip(b"\r\n").decode(errors="surrogateescape") for line in lines]
+        return pa.table({"text": _array(texts, "text", self.odd)})
 
 
 class _JsonLines(_Lines):
     def _table(self, lines: list[bytes]) -> pa.Table:
-        records: list[Any] = []
-        faults: dict[int, str] = {}
-        for row, line in enumerate(lines):
-            try:
-                records.append(json.loads(line, parse_constant=_constant) if line.strip() else {})
-            except (ValueError, RecursionError) as error:
-                kind = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"JSON: {error}"
-                faults[row] = f"line {self.position + row + 1} is not {kind}"
-                records.append({})
-        return _from_records(records, self, faults, lines)
+        return _from_records([_record(line) for line in lines], self)
 
 
 class _JsonArray(Rows):
-    """One array of records, decoded one after another while the file is read."""
+    """One array of records, parsed as a stream."""
 
     def _open(self, location: Location) -> None:
         stream = io.BufferedReader(location.open("detect"), 1 << 20)
-        self._stream = io.TextIOWrapper(stream, "utf-8-sig", newline="")
-        self._buffer, self._at = "", 0
-        self._records = self._decoded()
-
-    def _fill(self) -> bool:
-        """Read on; False at the end of the file."""
-        more = self._stream.read(1 << 20)
-        self._buffer, self._at = self._buffer[self._at :] + more, 0
-        return bool(more)
-
-    def _mark(self) -> str:
-        """The next character that is no space; empty at the end of the file."""
-        while True:
-            rest = _SPACES.match(self._buffer, self._at)
-            self._at = rest.end() if rest else self._at
-            if self._at < len(self._buffer) or not self._fill():
-                return self._buffer[self._at : self._at + 1]
-
-    def _decoded(self) -> Iterator[Any]:
-        decoder, count = json.JSONDecoder(parse_constant=_constant), 0
-        between = self._mark()  # [ before the first record
-        while True:
-            self._at += len(between)
-            if between == "[" and self._mark() == "]":
-                return
-            yield self._record(decoder, count)
-            count += 1
-            if (between := self._mark()) == "]":
-                return
-            if between != ",":
-                raise self._broken(count, "Expecting ',' or ']'")
-
-    def _record(self, decoder: json.JSONDecoder, count: int) -> Any:
-        self._mark()
-        while True:
-            try:
-                value, end = decoder.raw_decode(self._buffer, self._at)
-            except json.JSONDecodeError as error:
-                if not _may_go_on(error) or not self._fill():
-                    raise self._broken(count, error.msg) from None
-                continue
-            except RecursionError:
-                raise self._broken(count, "it is nested too deeply") from None
-            if end < len(self._buffer) or not isinstance(value, int | float) or not self._fill():
-                self._at = end
-                return value
-
-    def _broken(self, count: int, reason: str) -> SourceError:
-        return SourceError(f"{self.url} is not JSON: {reason}, in or behind record {count + 1}. Mend the file.")
+        # Bytes that are no UTF-8 become half characters, and are told with the cells that hold them.
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        self._records = _elements(text, self.url)
 
     def _skip(self, rows: int) -> int:
         return sum(1 for _ in itertools.islice(self._records, rows))
@@ -350,76 +331,156 @@ class _JsonArray(Rows):
         return _from_records(list(itertools.islice(self._records, rows)), self)
 
 
-def _may_go_on(error: json.JSONDecodeError) -> bool:
-    """Whether more of the file may mend what is wrong: it is wrong at the end, or a string has not ended."""
-    return error.pos > len(error.doc) - 16 or error.msg.startswith("Unterminated string")
+class _Unread(NamedTuple):
+    """Stands for a record that cannot be read."""
+
+    what: str
+    shown: str
 
 
-def _from_records(
-    records: list[Any], rows: Rows, faults: dict[int, str] | None = None, raw: Sequence[Any] = ()
-) -> pa.Table:
-    """Records of JSON as a table. A key that a record lacks is null, but some record has to have it."""
-    faults = {} if faults is None else faults
+def _record(line: bytes) -> Any:
+    """The record of a line; a blank one holds nothing, and is a record all the same: rows are counted by lines."""
+    try:
+        text = line.strip(b" \t\r\n").removeprefix(_BOM).decode()
+        return _DECODER.decode(text) if text else {}
+    except (ValueError, RecursionError) as error:
+        return _Unread(f"line {_fault(error)}", line[:400].decode(errors="replace").strip("\r\n")[:80])
+
+
+def _fault(error: Exception) -> str:
+    """What is wrong with a record, without its place: rows with one fault are counted together."""
+    if isinstance(error, UnicodeDecodeError):
+        return "is not UTF-8"
+    if isinstance(error, RecursionError):
+        return "is nested too deeply"
+    return f"is not JSON: {getattr(error, 'msg', 'a number has too many digits').removesuffix(' at').strip()}"
+
+
+def _elements(stream: io.TextIOWrapper, url: str) -> Iterator[Any]:
+    """The elements of the array that a stream holds.
+
+    Raises:
+        SourceError: where an element or the array ends cannot be told.
+    """
+    text = stream.read(_PIECE).lstrip().removeprefix("[").lstrip()
+    place, number, size, mark = 0, 1, _PIECE, ""
+    if text.startswith("]"):
+        place, mark = 1, "]"
+    while mark != "]":
+        try:
+            value, end, mark = _element(text, place)
+        except (ValueError, RecursionError) as error:  # broken, or `text` is too short
+            piece = stream.read(size)
+            if not piece or len(text) - place > _LONGEST:
+                raise SourceError(
+                    f"{url}: record {number} {_fault(error)}. Where the next one begins cannot be told: correct it."
+                ) from None
+            text, place, size = (text[place:] + piece).lstrip(), 0, 2 * size
+            continue
+        yield value
+        place, number, size = end, number + 1, _PIECE
+    if text[place:].strip() or stream.read().strip():
+        raise SourceError(f"{url} is not JSON: something follows the array's end. Correct the file.")
+
+
+def _element(text: str, place: int) -> tuple[Any, int, str]:
+    """The element of an array at `place`, the place of the next, and the comma or bracket between.
+
+    Raises:
+        ValueError, RecursionError: it is broken, or goes on behind `text`.
+    """
+    try:
+        value, end = _DECODER.raw_decode(text, place)
+    except (ValueError, RecursionError) as error:
+        # Brackets tell where it ends, if what is wrong cannot be a missing quote.
+        sure = not isinstance(error, json.JSONDecodeError) or error.msg.startswith("Invalid \\")
+        end = _closing(text, place) if sure else -1
+        if end < 0:
+            raise
+        value = _Unread(f"record {_fault(error)}", _shown(text[place : place + 80]))
+    if behind := _BEHIND(text, end):
+        return value, behind.end(), behind[1]
+    raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+
+
+def _closing(text: str, place: int) -> int:
+    """Behind the bracket that closes the one at `place`; -1 where there is none."""
+    depth = 0
+    for mark in _MARKS.finditer(text, place):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(mark[0], 0)
+        if depth < 1:
+            return mark.end() if mark[0] in "]}" else -1
+        if mark[0] == '"':  # never closed
+            return -1
+    return -1
+
+
+def _from_records(records: list[Any], rows: Rows) -> pa.Table:
+    """Records of JSON as a table. A key that a record lacks is null, but some of the first that are read has it."""
     for row, record in enumerate(records):
         if not isinstance(record, dict):
-            faults[row] = f'record {rows.position + row + 1} must be an object such as {{"text": ...}}'
-    whole = raw or records
-    if faults:
-        records = [{} if row in faults else record for row, record in enumerate(records)]
-    if rows.position == 0 and len(faults) < len(records):
-        rows._check_columns(list(dict.fromkeys(key for record in records for key in record)))
-    arrays = {column: _array([record.get(column) for record in records], column, faults) for column in rows.columns}
-    return _with_faults(pa.table(arrays), faults, whole)
+            known = isinstance(record, _Unread)
+            rows.odd.append(Odd(row, "", *(record if known else ("record is not an object", _shown(record)))))
+            records[row] = {}
+    if rows.position == 0 and (names := list(dict.fromkeys(key for record in records for key in record))):
+        rows._check_columns(names)
+    return pa.table(
+        {column: _array([record.get(column) for record in records], column, rows.odd) for column in rows.columns}
+    )
 
 
-def _array(values: list[Any], column: str, faults: dict[int, str]) -> pa.Array:
-    """Values of JSON as strings or numbers; others are null and at fault."""
+def _array(values: list[Any], column: str, odd: list[Odd]) -> pa.Array:
+    """Values of JSON as an array of one type; as strings, as in a CSV file, where they are of several."""
     try:
         array = pa.array(values)
-        if not pa.types.is_nested(array.type):
+        kind = array.type
+        if pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind):
+            return array
+        if pa.types.is_floating(kind) and not any(isinstance(value, bool) for value in values):
             return array
     except (pa.ArrowException, OverflowError, UnicodeEncodeError):
-        pass  # strings and numbers, say: all become strings, as in a CSV file
-    strings: list[str | None] = []
-    for row, value in enumerate(values):
-        fault = _fault(value)
-        if fault:
-            faults.setdefault(row, f"{column} {fault}")
-        strings.append(None if fault else _string(value))
-    return pa.array(strings, pa.string())
+        pass  # several types, numbers over 64 bits, or half a character
+    found = [_what(value) for value in values]
+    odd.extend(Odd(row, column, what, _shown(values[row])) for row, what in enumerate(found) if what)
+    kept = ("", BOOLEAN, FRACTION)
+    return pa.array(
+        [_string(value) if what in kept else None for value, what in zip(values, found, strict=True)], pa.string()
+    )
 
 
-def _fault(value: Any) -> str:
+def _what(value: Any) -> str:
+    """What is odd about a value of JSON; empty where nothing is."""
+    if isinstance(value, bool):
+        return BOOLEAN
+    if isinstance(value, float):
+        return "" if _is_whole(value) else FRACTION
     if isinstance(value, list | dict):
         return "is a list" if isinstance(value, list) else "is an object"
     try:
-        str(value).encode()
-    except UnicodeEncodeError:
-        return "holds half a character (a lone surrogate)"
+        (value if isinstance(value, str) else "").encode()
+    except UnicodeEncodeError as error:
+        escaped = "\udc80" <= value[error.start] <= "\udcff"  # as Python decodes bytes that are none
+        return "is not UTF-8" if escaped else "holds half a character (a lone surrogate)"
     return ""
 
 
-def _with_faults(table: pa.Table, faults: dict[int, str], whole: Sequence[Any]) -> pa.Table:
-    """A table, and if rows are at fault, what is wrong with them and what they hold."""
-    if not faults:
-        return table
-    raw = [_shown(whole[row]) if row in faults else None for row in range(table.num_rows)]
-    return table.append_column(
-        FAULT, pa.array([faults.get(row) for row in range(table.num_rows)], pa.string())
-    ).append_column(RAW, pa.array(raw, pa.string()))
-
-
-def _shown(row: Any) -> str:
-    """The beginning of a row, as text that can be written."""
-    if isinstance(row, bytes):
-        return row[:_RAW_CHARACTERS].decode(errors="replace").rstrip("\r\n")
-    return repr(row)[:_RAW_CHARACTERS].encode(errors="replace").decode()
+def _is_whole(value: float) -> bool:
+    return value.is_integer() and abs(value) < 2**63
 
 
 def _string(value: Any) -> str | None:
     if isinstance(value, str | None):
         return value
-    return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
+    return json.dumps(int(value) if isinstance(value, float) and _is_whole(value) else value)
+
+
+def _shown(value: Any) -> str:
+    """How a value begins, in characters that any file can hold."""
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        text = "..."
+    return text[:80].encode(errors="backslashreplace").decode()[:80]
 
 
 def _constant(name: str) -> float | None:
@@ -427,9 +488,12 @@ def _constant(name: str) -> float | None:
     return None if name == "NaN" else float(name)
 
 
+_DECODER = json.JSONDecoder(parse_constant=_constant)
+
+
 def _is_array(location: Location) -> bool:
     with reading(location.url), location.open("detect") as stream:
-        return bytes(stream.read(64)).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+        return bytes(stream.read(64)).removeprefix(_BOM).lstrip()[:1] == b"["
 
 
 _KINDS: dict[str, type[Rows]] = {

@@ -8,9 +8,10 @@ frames in memory) is written as Parquet files first. Knows nothing of encoders.
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -18,17 +19,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bertray.errors import SourceError
-from bertray.formats import FAULT, RAW, Rows, format_of, open_rows, reading
+from bertray.formats import BOOLEAN, FRACTION, Odd, Rows, format_of, open_rows, reading
 from bertray.spec import Source
 from bertray.storage import FileInfo, Location
 
 UNIT_ROWS = 20_000
 _STAGED_ROWS = 100_000
 _STAGED = re.compile(r"part-\d{5}-[0-9a-f]{16}\.parquet")
+_UNIT_BYTES = 16 << 20
 _PREVIEW_ROWS = 100
 _HASHED_BYTES = 64 << 20
-_IS_NULL = " is null"
-_UNIT_BYTES = 16 << 20  # of the file, for a unit of long texts
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Columns:
 class Unit:
     """Rows start to stop of one file: the grain of work, of retry and of resume.
 
-    stamp: of the file's content; version: size and time of change, as they were when the unit was cut.
+    version: the file's size and time of change when the unit was cut; empty if nobody is to look.
     """
 
     url: str
@@ -88,48 +88,22 @@ def units(source: Source, columns: Columns, unit_rows: int | str = "auto") -> li
     """
     files = find_files(source)
     with ThreadPoolExecutor(8) as pool:
+        counting = pool.map(lambda file: _count(file, source, columns), files)
         stamps = pool.map(_stamp, files)
-        groups = list(pool.map(lambda file: _groups(file, source, columns), files))
-    left = source.limit or sum(map(sum, groups))
+        known = list(zip(files, counting, stamps, strict=True))
+    left = source.limit or sum(rows for _, (rows, _), _ in known)
     found = []
-    for file, stamp, sizes in zip(files, stamps, groups, strict=True):
-        step = _unit_rows(sum(sizes), file.size) if unit_rows == "auto" else int(unit_rows)
-        format = _format(file, source)
-        for start, stop in _ranges(sizes, step):
+    for file, (rows, groups), stamp in known:
+        step = _unit_rows(rows, file.size) if unit_rows == "auto" else int(unit_rows)
+        for start, stop in _ranges(rows, groups, step):
             if start < left:
-                found.append(Unit(file.url, file.name, format, stamp, start, min(stop, left), file.stamp))
-        left -= min(sum(sizes), left)
+                stop = min(stop, left)
+                found.append(Unit(file.url, file.name, _format(file, source), stamp, start, stop, file.stamp))
+        left -= min(rows, left)
     if not found:
         raise SourceError(f"{source.path} holds no rows.")
-    _look_at(found[0], columns)
+    _check_first(found[0], columns)
     return found
-
-
-def _ranges(groups: Iterable[int], step: int) -> Iterator[tuple[int, int]]:
-    """Cut rows into ranges of at most that many: each lies within a group, or holds whole groups."""
-    start = end = 0
-    for rows in groups:
-        if end > start and end - start + rows > step:
-            yield start, end
-            start = end
-        end += rows
-        if end - start > step:  # a group of its own
-            yield from ((cut, min(cut + step, end)) for cut in range(start, end, step))
-            start = end
-    if end > start:
-        yield start, end
-
-
-def _look_at(first: Unit, columns: Columns) -> None:
-    """Let mistakes in columns show before anything is started."""
-    head = replace(first, stop=min(first.stop, _PREVIEW_ROWS))
-    try:
-        batch = Reader(columns).read(head)
-    except SourceError:
-        batch = Reader(columns).read(first)  # a record's key may occur further down
-    reasons = batch.rejects["reason"].to_pylist()
-    if not batch.rows.num_rows and not any(reason.endswith(_IS_NULL) for reason in reasons):
-        raise SourceError(f"{first.url}: none of its first {len(reasons)} rows can be used: {reasons[0]}.")
 
 
 def looked_at_again(units: Iterable[Unit]) -> tuple[Unit, ...]:
@@ -141,21 +115,38 @@ def looked_at_again(units: Iterable[Unit]) -> tuple[Unit, ...]:
     versions: dict[str, str] = {}
     for unit in units:
         if unit.url not in versions:
-            found = Location(unit.url).file()
-            if not found or _stamp(found) != unit.stamp:
+            file = Location(unit.url).file()
+            if not file or _stamp(file) != unit.stamp:
                 raise SourceError(f"{unit.url} is gone or not what it was when it was encoded. Run the spec again.")
-            versions[unit.url] = found.stamp
+            versions[unit.url] = file.stamp
     return tuple(replace(unit, version=versions[unit.url]) for unit in units)
+
+
+def _check_first(first: Unit, columns: Columns) -> None:
+    """Mistakes in columns show before anything is started: where no row can be used, it is no matter of rows."""
+    head = replace(first, stop=min(first.stop, _PREVIEW_ROWS))
+    try:
+        batch = Reader(columns).read(head)
+    except SourceError:
+        batch = Reader(columns).read(first)  # a key of JSON may occur for the first time later
+    reasons = batch.rejects["reason"].to_pylist()
+    odd = [row for row, reason in enumerate(reasons) if not reason.endswith(" is null")]
+    if odd and not batch.rows.num_rows:
+        raise SourceError(
+            f"{first.url}:{odd[0] + 1}: {reasons[odd[0]]}. None of the first {len(reasons)} rows can be used: correct "
+            "the file, or set data.text, data.label and so on to the columns meant."
+        )
 
 
 def find_files(source: Source) -> list[FileInfo]:
     """The files that a source with a path names, sorted by name."""
-    with reading(source.path):
-        files = Location(source.path).match()
+    location = Location(source.path)
+    with reading(location.url):
+        files = location.match()
     if not files:
         raise SourceError(
-            f"{source.path} does not exist, or no file fits it, or it is a pipe or device. Check the path (relative "
-            "paths start at the folder where the command is run)."
+            f"{source.path} does not exist, or no file fits it. Check the path (relative paths start "
+            "at the folder where the command is run)."
         )
     if source.format == "auto" and len(files) > 1:
         files = [file for file in files if format_of(file.name)]  # a folder may hold a README.md and the like
@@ -176,9 +167,12 @@ def _format(file: FileInfo, source: Source) -> str:
     raise SourceError(f"{file.url}: the name does not tell the format. Set format to parquet, csv, jsonl or another.")
 
 
-def _groups(file: FileInfo, source: Source, columns: Columns) -> list[int]:
-    """The rows of each part of a file."""
-    return open_rows(file.url, _format(file, source), columns.names).groups() if file.size else []
+def _count(file: FileInfo, source: Source, columns: Columns) -> tuple[int, tuple[int, ...]]:
+    """How many rows a file has, and behind which of them its groups end."""
+    if not file.size:
+        return 0, ()
+    rows = open_rows(file.url, _format(file, source), columns.names)
+    return rows.count(), rows.groups
 
 
 def _stamp(file: FileInfo) -> str:
@@ -187,13 +181,52 @@ def _stamp(file: FileInfo) -> str:
     location = Location(file.url)
     if file.size > _HASHED_BYTES or not location.local:
         return file.stamp
-    return hashlib.sha256(location.read()).hexdigest()
+    with reading(file.url):
+        return hashlib.sha256(location.read()).hexdigest()
+
+
+@lru_cache(8)
+def _location(url: str) -> Location:
+    """Kept, since a connection to an object store costs more than a look at a file."""
+    return Location(url)
+
+
+def _check_unchanged(unit: Unit) -> None:
+    """Raises a SourceError if a unit's file is not what it was when the unit was cut."""
+    if not unit.version:
+        return
+    location = _location(unit.url)
+    with reading(unit.url):
+        now = location.file()
+    # A local file may be another node's copy: its content tells.
+    if now is None or (now.stamp != unit.version and _stamp(now) != unit.stamp):
+        raise SourceError(f"{unit.url} has changed since this run looked at it. Run the command again.")
 
 
 def _unit_rows(rows: int, size: int) -> int:
-    """About 16 units a file, so that small files spread over workers too, of 2,000 to 20,000 rows; fewer if they are
-    long."""
-    return max(1, min(UNIT_ROWS, max(2_000, math.ceil(rows / 16)), rows * _UNIT_BYTES // max(size, 1)))
+    """About 16 units a file, so that small files spread over workers too, of 2,000 to 20,000 rows; fewer where those
+    are more than 16 MB of the file."""
+    step = min(UNIT_ROWS, max(2_000, math.ceil(rows / 16)))
+    return max(1, min(step, _UNIT_BYTES * rows // max(1, size)))
+
+
+def _ranges(rows: int, groups: Sequence[int], step: int) -> Iterator[tuple[int, int]]:
+    """Ranges of at most `step` rows. Of groups, a large one is cut inside itself and small ones are joined."""
+    if not groups:
+        yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
+        return
+    start = last = 0
+    for end in groups:
+        if start < last and end - start > step:
+            yield start, last
+            start = last
+        last = end
+        if end - start > step:
+            size, parts = end - start, math.ceil((end - start) / step)
+            yield from ((start + size * part // parts, start + size * (part + 1) // parts) for part in range(parts))
+            start = end
+    if start < last:
+        yield start, last
 
 
 class Reader:
@@ -209,45 +242,60 @@ class Reader:
         Raises:
             SourceError: the rows are not there any more, or a column holds what it must not.
         """
-        if self._rows is None or self._rows.url != unit.url or self._rows.position > unit.start:
-            self._rows = open_rows(unit.url, unit.format, self.columns.names)
-        rows, self._rows = self._rows, None  # after an error its place in the file is not known
-        table = rows.read(unit.start, unit.stop)
-        if unit.version and ((file := Location(unit.url).file()) is None or file.stamp != unit.version):
-            raise SourceError(f"{unit.url} has changed since this run looked at it. Run the command again.")
+        try:
+            if self._rows is None or self._rows.url != unit.url or self._rows.position > unit.start:
+                _check_unchanged(unit)
+                self._rows = open_rows(unit.url, unit.format, self.columns.names)
+            rows, self._rows = self._rows, None  # after an error its place in the file is not known
+            table = rows.read(unit.start, unit.stop)
+        except SourceError:
+            _check_unchanged(unit)  # which may be why
+            raise
+        _check_unchanged(unit)
         self._rows = rows
-        return normalize(table, self.columns, unit)
+        with reading(unit.url):
+            return normalize(table, self.columns, unit, rows.odd)
 
 
-def normalize(table: pa.Table, columns: Columns, unit: Unit) -> Batch:
-    """Bring the user's columns into their form: ids, texts and labels as strings, rejects apart."""
-    place = f"{unit.url} (rows {unit.start} to {unit.stop})"
-    # An empty field of a CSV file is an empty text, but neither an id nor a label.
-    none = "" if unit.format in ("csv", "tsv") else None
-    reason = table[FAULT] if FAULT in table.column_names else pa.nulls(table.num_rows, pa.string())
+def normalize(table: pa.Table, columns: Columns, unit: Unit, odd: Sequence[Odd] = ()) -> Batch:
+    """Bring the user's columns into their form: ids, texts and labels as strings, rejects apart.
+
+    Args:
+        odd: the cells of the table that are not as they should be.
+    """
     derived = pa.array([f"{unit.name}:{row}" for row in range(unit.start, unit.start + table.num_rows)], pa.string())
-    arrays = {"id": derived}
-    if columns.id:
-        ids, faults = _keys(table, columns.id, place, none)
-        arrays["id"], reason = pc.coalesce(ids, derived), pc.coalesce(reason, faults)
-    for name in ("text", "text_pair"):
-        if column := getattr(columns, name):
-            arrays[name], faults = _texts(table, column, place)
-            reason = pc.coalesce(reason, faults)
-    arrays["label"] = pa.nulls(table.num_rows, pa.string())
-    if columns.label:
-        arrays["label"], faults = _keys(table, columns.label, place, none)
-        reason = pc.coalesce(reason, faults)
-    for name in ("text", "text_pair", "label"):
-        if getattr(columns, name):
-            null = pc.if_else(pc.is_null(arrays[name]), f"{name}{_IS_NULL}", pa.scalar(None, pa.string()))
-            reason = pc.coalesce(reason, null)
-    rows = pa.table(arrays)
+    arrays, reasons = {}, [_reasons({cell.row: cell.what for cell in odd if not cell.column}, table.num_rows)]
+    for role in ("text", "text_pair", "label", "id"):
+        if getattr(columns, role):
+            arrays[role], wrong = _values(table, role, columns, unit, odd)
+            reasons.append(_reasons(wrong, table.num_rows))
+            if role != "id":
+                reasons.append(pc.if_else(pc.is_null(arrays[role]), f"{role} is null", pa.scalar(None, pa.string())))
+    arrays["id"] = pc.coalesce(arrays["id"], derived) if columns.id else derived
+    arrays.setdefault("label", pa.nulls(table.num_rows, pa.string()))
+    rows = pa.table({role: arrays[role] for role in ("id", "text", "text_pair", "label") if role in arrays})
+    reason = pc.coalesce(*reasons)
     rejected = pc.is_valid(reason)
-    shown = pc.coalesce(table[RAW], rows["text"], "") if RAW in table.column_names else pc.coalesce(rows["text"], "")
-    preview = pc.utf8_slice_codeunits(shown, 0, 80)
+    shown = _reasons({cell.row: cell.shown for cell in odd if cell.column in ("", columns.text)}, table.num_rows)
+    preview = pc.utf8_slice_codeunits(pc.coalesce(rows["text"], shown, ""), 0, 80)
     rejects = pa.table({"id": rows["id"], "reason": reason, "preview": preview}).filter(rejected)
     return Batch(rows.filter(pc.invert(rejected)).combine_chunks(), rejects)
+
+
+def _values(
+    table: pa.Table, role: str, columns: Columns, unit: Unit, odd: Sequence[Odd]
+) -> tuple[pa.ChunkedArray, dict[int, str]]:
+    """The column that has a role, as strings, and the reasons why rows cannot be used for it."""
+    column = getattr(columns, role)
+    read, fine = (_texts, FRACTION) if role.startswith("text") else (_keys, BOOLEAN)
+    values, wrong = read(table, column, unit)
+    wrong |= {cell.row: cell.what for cell in odd if cell.column == column and cell.what != fine}
+    return values, {row: f"{role} {what}" for row, what in wrong.items()}
+
+
+def _reasons(found: dict[int, str], rows: int) -> pa.Array:
+    """What was found as a column of strings, null in all other rows."""
+    return pa.array([found.get(row) for row in range(rows)], pa.string()) if found else pa.nulls(rows, pa.string())
 
 
 def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
@@ -255,53 +303,61 @@ def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
-def _texts(table: pa.Table, name: str, place: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-    """A column of texts, and for each row what is wrong with it."""
+def _texts(table: pa.Table, name: str, unit: Unit) -> tuple[pa.ChunkedArray, dict[int, str]]:
+    """A column of texts as strings, and what is wrong in which rows."""
     column = _column(table, name)
-    if not (_is_string(column.type) or pa.types.is_null(column.type)):
-        raise SourceError(f"{place}: column {name!r} must hold strings. It holds {column.type} instead.")
-    return _decoded(column.cast(pa.string()), name)
+    if _is_string(column.type) or pa.types.is_null(column.type):
+        return _strings(column)
+    if unit.format in ("json", "jsonl"):  # each record has its own types
+        what = BOOLEAN if pa.types.is_boolean(column.type) else "is a number"
+        return column.cast(pa.string()), dict.fromkeys(_places(pc.is_valid(column)), what)
+    raise SourceError(f"{_place(unit)}: column {name!r} must hold strings. It holds {column.type} instead.")
 
 
-def _keys(table: pa.Table, name: str, place: str, none: str | None) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-    """A column of ids or labels as strings: strings, whole numbers and booleans, `none` stands for null; and for each
-    row what is wrong with it."""
-    column = _column(table, name)
-    faults = pa.nulls(len(column), pa.string())
+def _keys(table: pa.Table, name: str, unit: Unit) -> tuple[pa.ChunkedArray, dict[int, str]]:
+    """A column of ids or labels as strings: strings, whole numbers and booleans. And what is wrong in which rows."""
+    column, wrong = _column(table, name), {}
     if pa.types.is_floating(column.type):  # whole numbers beside missing ones, as pandas keeps them
+        column = column.cast(pa.float64())
         column = pc.if_else(pc.is_nan(column), None, column)
-        whole = pc.and_(pc.is_finite(column), pc.equal(column, pc.floor(column)))
-        odd = pc.fill_null(pc.invert(whole), False)
-        told = pc.binary_join_element_wise(f"{name} is ", column.cast(pa.string()), ", not a whole number", "")
-        faults = pc.if_else(odd, told, faults)
-        column = pc.if_else(odd, None, column).cast(pa.int64(), safe=False)
+        whole = pc.and_(pc.equal(column, pc.floor(column)), pc.less(pc.abs(column), 2.0**63))
+        wrong = dict.fromkeys(_places(pc.invert(whole)), FRACTION)
+        column = pc.if_else(whole, column, None).cast(pa.int64())
     if not any(test(column.type) for test in (_is_string, pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)):
         raise SourceError(
-            f"{place}: column {name!r} must hold strings or whole numbers. It holds {column.type} instead."
+            f"{_place(unit)}: column {name!r} must hold strings or whole numbers. It holds {column.type} instead."
         )
-    column, undecoded = _decoded(column.cast(pa.string()), name)
-    faults = pc.coalesce(faults, undecoded)
-    return column if none is None else pc.if_else(pc.equal(column, none), None, column), faults
+    column, undecodable = _strings(column)
+    if unit.format in ("csv", "tsv"):  # an empty field is an empty text, but neither an id nor a label
+        column = pc.if_else(pc.equal(column, ""), None, column)
+    return column, wrong | undecodable
 
 
-def _decoded(column: pa.ChunkedArray, name: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-    """A column of strings, null where their bytes are not UTF-8 (Parquet does not check), and what is wrong there."""
-    faults = pa.nulls(len(column), pa.string())
+def _strings(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, dict[int, str]]:
+    """A column as strings. Parquet and Arrow files may hold bytes there that are none: those become null."""
+    column = column.cast(pa.string())
     try:
         column.validate(full=True)
-        return column, faults
+        return column, {}
     except pa.ArrowInvalid:
-        values = column.cast(pa.binary()).to_pylist()
-    texts = [_decode(value) for value in values]
-    wrong = [value is not None and text is None for value, text in zip(values, texts, strict=True)]
-    return pa.chunked_array([pa.array(texts, pa.string())]), pc.if_else(wrong, f"{name} is not UTF-8 text", faults)
+        values = [_decoded(value) for value in column.cast(pa.binary()).to_pylist()]
+    wrong = [row for row, valid in enumerate(column.is_valid().to_pylist()) if valid and values[row] is None]
+    return pa.chunked_array([pa.array(values, pa.string())]), dict.fromkeys(wrong, "is not UTF-8")
 
 
-def _decode(value: bytes | None) -> str | None:
+def _decoded(value: bytes | None) -> str | None:
     try:
         return None if value is None else value.decode()
     except UnicodeDecodeError:
         return None
+
+
+def _places(chosen: pa.ChunkedArray) -> list[int]:
+    return pc.indices_nonzero(chosen).to_pylist()
+
+
+def _place(unit: Unit) -> str:
+    return f"{unit.url} (rows {unit.start} to {unit.stop})"
 
 
 def _is_string(kind: pa.DataType) -> bool:
@@ -364,8 +420,8 @@ def _tables(rows: Any, names: Iterable[str]) -> Iterator[pa.Table]:
     else:
         try:
             table = rows if isinstance(rows, pa.Table) else pa.Table.from_pandas(rows[names], preserve_index=False)
-        except pa.ArrowException as error:
-            raise SourceError(f"The rows cannot be read: {' '.join(map(str, error.args))}") from None
+        except (pa.ArrowException, ValueError) as error:  # ValueError: half characters, columns of one name
+            raise SourceError(f"The rows cannot be read: {' '.join(str(error).split())}") from None
         batches = (table.slice(start, _STAGED_ROWS) for start in range(0, table.num_rows, _STAGED_ROWS))
     for batch in batches:
         yield batch.select(names).replace_schema_metadata(None)

@@ -199,13 +199,27 @@ class Location:
 
         `name` is relative to this folder. A folder that does not exist holds no files.
         """
-        selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
         found = []
-        for info in self.patiently(lambda: self.fs.get_file_info(selector)):
+        for info in self.patiently(lambda: self.fs.get_file_info(self._below())):
             name = os.path.relpath(info.path, self.path)
             if info.type == pafs.FileType.File and not any(step[0] in "._" for step in name.split("/")):
                 found.append(self._info(info, name))
         return sorted(found, key=lambda file: file.name)
+
+    def _below(self) -> Any:
+        """What to ask the file system for, to get all below this folder."""
+        if not self.local or not os.path.isdir(self.path):
+            return pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
+        paths: list[str] = []
+        seen: set[str] = set()
+        for folder, folders, names in os.walk(self.path, followlinks=True):
+            folders.sort()
+            if (real := os.path.realpath(folder)) in seen:  # links may lead round in circles
+                folders.clear()
+                continue
+            seen.add(real)
+            paths += [os.path.join(folder, name) for name in names]
+        return paths
 
     def folders(self) -> list[str]:
         """The names of the folders in this one, sorted."""
@@ -233,7 +247,9 @@ class Location:
 
     def _info(self, info: pafs.FileInfo, name: str) -> FileInfo:
         url = self.url if info.path == self.path else (self / name).url
-        return FileInfo(url, name, info.size, f"{info.size}-{info.mtime_ns}", (info.mtime_ns or 0) / 1e9)
+        # Object stores tell fractions of a second in listings alone.
+        changed = info.mtime_ns if self.local or info.mtime_ns is None else info.mtime_ns // 10**9
+        return FileInfo(url, name, info.size, f"{info.size}-{changed}", (info.mtime_ns or 0) / 1e9)
 
 
 def output_folder(output: str) -> Location:

@@ -1,163 +1,204 @@
-"""What holds for any rows: units, order, ids and packs, by hypothesis."""
+"""What holds for any rows: every row once, in order, however files are cut, read and packed."""
 
+import csv
+import io
 import json
-import random
-import tempfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bertray.checkpoints import find
-from bertray.encoder import Encoder
 from bertray.sources import Columns, Reader, units
-from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import Source
-from bertray.store import Receipt, Store, with_vectors
 from bertray.tokens import Tokens
 
-COLUMNS = Columns("text", label="label")
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-many_texts = st.lists(texts, min_size=1, max_size=60)
-quick = settings(
-    max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+few = settings(max_examples=60, deadline=None, derandomize=True)
+LABELLED = Columns("text", label="label")
+TEXTS = st.one_of(
+    st.text(max_size=12), st.sampled_from(["", " ", "a\nb", "a\r\nb", "\x85\u2028", '"', "\ufeff", "\x00"])
 )
+LABELS = st.one_of(st.text(min_size=1, max_size=3), st.sampled_from(["0", "1"]))
+ROWS = st.lists(st.fixed_dictionaries({"text": TEXTS, "label": LABELS}), min_size=1, max_size=40)
+BAD = st.one_of(st.none(), st.booleans(), st.lists(st.integers(), max_size=2), st.just({"a": 1}), st.just("\ud800"))
+RECORDS = st.lists(
+    st.one_of(
+        st.fixed_dictionaries({"text": TEXTS, "label": st.one_of(LABELS, st.integers(), st.booleans(), st.floats())}),
+        st.fixed_dictionaries({"text": BAD, "label": LABELS}),
+        st.fixed_dictionaries({"text": TEXTS}),
+        BAD,
+        st.sampled_from([b"oops", b'{"text": "cut', b"", b"\xff", b"[" * 5000]),
+    ),
+    max_size=30,
+)
+UNIT_ROWS = st.one_of(st.integers(1, 15), st.just("auto"))
 
 
-def write(folder, name, rows, groups=7):
-    path = Path(folder) / name
-    if name.endswith(".parquet"):
-        table = pa.table({"text": pa.array(rows, pa.string()), "label": [i % 3 for i in range(len(rows))]})
-        pq.write_table(table, path, row_group_size=groups)
+def write(folder, format, rows, group=7, name="rows"):
+    path = Path(folder) / f"{name}.{format}"
+    if format == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=group)
+    elif format == "json":
+        path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    elif format == "jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     else:
-        lines = (json.dumps({"text": text, "label": i % 3}, ensure_ascii=i % 2 == 0) for i, text in enumerate(rows))
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        out = io.StringIO(newline="")
+        lines = csv.writer(out, delimiter="\t" if format == "tsv" else ",", quoting=csv.QUOTE_ALL, lineterminator="\n")
+        lines.writerows([["text", "label"], *([row["text"], row["label"]] for row in rows)])
+        path.write_bytes(out.getvalue().encode())
     return path
 
 
-def covers(cut, count):
-    """Whether units of one file hold each of its rows once, in order."""
-    return [row for unit in cut for row in range(unit.start, unit.stop)] == list(range(count))
+def covers(cut, rows):
+    """Whether units are all rows from 0 on, in order, each once, and have names of their own."""
+    edges = [(unit.start, unit.stop) for unit in cut]
+    assert all(start < stop for start, stop in edges)
+    assert [start for start, _ in edges] == [0, *(stop for _, stop in edges[:-1])]
+    assert edges[-1][1] == rows
+    assert len({unit.key for unit in cut}) == len(cut)
+    return True
 
 
-@quick
-@given(many_texts, st.integers(1, 70), st.integers(1, 30), st.sampled_from(["rows.jsonl", "rows.parquet"]))
-def test_units_hold_every_row_once_in_order_however_they_are_read(rows, unit_rows, groups, name):
-    with tempfile.TemporaryDirectory() as folder:
-        source = Source(path=str(write(folder, name, rows, groups)))
-        cut = units(source, COLUMNS, unit_rows)
+@pytest.mark.parametrize("format", ["parquet", "csv", "tsv", "jsonl", "json"])
+@few
+@given(rows=ROWS, unit_rows=UNIT_ROWS, group=st.integers(1, 20), random=st.randoms())
+def test_units_cover_every_row_once_in_any_order_of_reading(format, rows, unit_rows, group, random):
+    with TemporaryDirectory() as folder:
+        source = Source(path=str(write(folder, format, rows, group)))
+        cut = units(source, LABELLED, unit_rows)
         assert covers(cut, len(rows))
-        assert all(unit.stop - unit.start <= unit_rows for unit in cut)
-        assert len({unit.key for unit in cut}) == len(cut)
-        assert cut == units(source, COLUMNS, unit_rows)
-        if name.endswith(".parquet"):  # within one row group, or whole ones
-            for unit in cut:
-                within = unit.start // groups == (unit.stop - 1) // groups
-                assert within or (unit.start % groups == 0 and unit.stop % groups in (0, len(rows) % groups))
-        reader, read = Reader(COLUMNS), {}
-        for unit in random.Random(len(rows)).sample(cut, len(cut)):
-            read[unit.start] = reader.read(unit).rows
-        table = pa.concat_tables([read[start] for start in sorted(read)])
-        assert table["text"].to_pylist() == rows
-        assert table["id"].to_pylist() == [f"{name}:{i}" for i in range(len(rows))]
+        assert unit_rows == "auto" or all(unit.stop - unit.start <= unit_rows for unit in cut)
+        assert [unit.key for unit in units(source, LABELLED, unit_rows)] == [unit.key for unit in cut]
+        reader, found = Reader(LABELLED), {}
+        for unit in random.sample(cut, len(cut)):
+            found[unit.start] = reader.read(unit)
+        assert not any(batch.rejects.num_rows for batch in found.values())
+        table = pa.concat_tables([found[unit.start].rows for unit in cut])
+        assert table["text"].to_pylist() == [row["text"] for row in rows]
+        assert table["label"].to_pylist() == [row["label"] for row in rows]
+        assert table["id"].to_pylist() == [f"rows.{format}:{i}" for i in range(len(rows))]
 
 
-@quick
-@given(st.lists(many_texts, min_size=1, max_size=4), many_texts, st.integers(1, 20), st.integers(0, 80))
-def test_files_that_are_added_move_nothing_and_limits_hold(files, added, unit_rows, limit):
-    with tempfile.TemporaryDirectory() as folder:
-        for number, rows in enumerate(files):
-            write(folder, f"{2 * number}.jsonl", rows)
-        before = units(Source(path=folder), COLUMNS, unit_rows)
-        limited = units(Source(path=folder, limit=limit), COLUMNS, unit_rows)
-        total = sum(map(len, files))
-        assert sum(unit.stop - unit.start for unit in limited) == (min(limit, total) if limit else total)
-        assert {unit.key for unit in limited[:-1]} <= {unit.key for unit in before}
-        write(folder, "1.jsonl", added)
-        after = units(Source(path=folder), COLUMNS, unit_rows)
-        assert [unit.key for unit in after if unit.name != "1.jsonl"] == [unit.key for unit in before]
-        ids = [one for unit in after for one in Reader(COLUMNS).read(unit).rows["id"].to_pylist()]
-        assert len(ids) == len(set(ids)) == total + len(added)
+@few
+@given(rows=ROWS, group=st.integers(1, 20), unit_rows=st.integers(1, 15))
+def test_no_unit_spans_parts_of_two_row_groups(rows, group, unit_rows):
+    with TemporaryDirectory() as folder:
+        cut = units(Source(path=str(write(folder, "parquet", rows, group))), LABELLED, unit_rows)
+        for unit in cut:
+            whole = unit.start % group == 0 and (unit.stop % group == 0 or unit.stop == len(rows))
+            assert whole or unit.start // group == (unit.stop - 1) // group
 
 
-@quick
-@given(st.lists(st.integers(1, 50), max_size=80), st.integers(1, 120), st.booleans())
+@few
+@given(records=RECORDS, unit_rows=UNIT_ROWS)
+@example(records=[{"text": "a", "label": 1.5}, {"text": "b", "label": True}], unit_rows=1)
+def test_bad_records_are_set_aside_alike_at_any_cut(records, unit_rows):
+    """A good one stands first: with none, the file is refused."""
+    lines = [json.dumps({"text": "first", "label": "x"}).encode()]
+    lines += [record if isinstance(record, bytes) else json.dumps(record).encode() for record in records]
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
+        source = Source(path=str(path))
+        whole = Reader(LABELLED).read(units(source, LABELLED)[0])
+        parts = [Reader(LABELLED).read(unit) for unit in units(source, LABELLED, unit_rows)]
+        assert whole.rows.num_rows + whole.rejects.num_rows == len(lines)
+        assert [row for part in parts for row in part.rows.to_pylist()] == whole.rows.to_pylist()
+        assert [row for part in parts for row in part.rejects.to_pylist()] == whole.rejects.to_pylist()
+        ids = whole.rows["id"].to_pylist() + whole.rejects["id"].to_pylist()
+        assert sorted(ids) == sorted(f"rows.jsonl:{i}" for i in range(len(lines)))
+        kept = {i for i, record in enumerate(records, 1) if is_good(record)}
+        assert {int(i.rpartition(":")[2]) for i in whole.rows["id"].to_pylist()} == {0, *kept}
+
+
+def is_good(record):
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str) or record["text"] == "\ud800":
+        return False
+    label = record.get("label")
+    return label is not None and (not isinstance(label, float) or (label.is_integer() and abs(label) < 2**63))
+
+
+@few
+@given(
+    sizes=st.lists(st.integers(0, 25), min_size=2, max_size=5).filter(any),
+    unit_rows=UNIT_ROWS,
+    limit=st.integers(0, 130),
+    format=st.sampled_from(["csv", "parquet"]),
+)
+def test_units_depend_on_their_file_alone_and_a_limit_holds(sizes, unit_rows, limit, format):
+    rows = [{"text": f"t{i}", "label": "x"} for i in range(25)]
+    with TemporaryDirectory() as folder:
+        files = [write(folder, format, rows[:size], name=f"f{i}") for i, size in enumerate(sizes) if size]
+        alone = [unit for file in files for unit in units(Source(path=str(file)), LABELLED, unit_rows)]
+        together = units(Source(path=folder), LABELLED, unit_rows)
+        assert together == alone
+        assert len({unit.key for unit in together}) == len(together)
+        limited = units(Source(path=folder, limit=limit), LABELLED, unit_rows)
+        texts = [text for unit in limited for text in Reader(LABELLED).read(unit).rows["text"].to_pylist()]
+        every = [row["text"] for size in sizes for row in rows[:size]]
+        assert texts == (every[:limit] if limit else every)
+
+
+LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=60)
+
+
+def of_lengths(lengths):
+    """Texts of those many tokens, no two tokens alike."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids = np.arange(offsets[-1])
+    return Tokens(ids, ids % 2, offsets, np.arange(len(lengths)) % 3 == 0)
+
+
+@few
+@given(lengths=LENGTHS, random=st.randoms())
+def test_taken_tokens_are_those_of_the_texts_taken(lengths, random):
+    tokens = of_lengths(lengths)
+    order = np.array(random.choices(range(len(lengths)), k=random.randrange(2 * len(lengths))), np.int64)
+    taken = tokens.take(order)
+    assert taken.lengths.tolist() == [lengths[i] for i in order]
+    assert taken.truncated.tolist() == tokens.truncated[order].tolist()
+    for place, i in enumerate(order):
+        here, there = (slice(*t.offsets[j : j + 2]) for t, j in ((taken, place), (tokens, i)))
+        assert taken.ids[here].tolist() == tokens.ids[there].tolist()
+        assert taken.types[here].tolist() == tokens.types[there].tolist()
+
+
+@few
+@given(lengths=LENGTHS, budget=st.integers(1, 200), equal=st.booleans())
 def test_packs_hold_every_text_once_within_the_budget(lengths, budget, equal):
-    lengths = sorted(lengths, reverse=True)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    ids = np.arange(offsets[-1])
-    tokens = Tokens(ids, ids % 2, offsets, np.zeros(len(lengths), bool))
+    tokens = of_lengths(sorted(lengths, reverse=True) if equal else lengths)
     packs = list(tokens.packs(budget, equal))
-    assert [row for start, stop in packs for row in range(start, stop)] == list(range(len(lengths)))
-    for start, stop in packs:
-        assert stop - start == 1 or sum(lengths[start:stop]) <= budget
-        assert not equal or len(set(lengths[start:stop])) == 1
-
-
-@quick
-@given(st.data())
-def test_texts_are_taken_with_their_tokens(data):
-    lengths = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=30))
-    rows = data.draw(st.lists(st.integers(0, len(lengths) - 1), max_size=30))
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    ids = np.arange(offsets[-1])
-    taken = Tokens(ids, ids % 2, offsets, np.arange(len(lengths)) % 3 == 0).take(np.array(rows, np.int64))
-    expected = [list(range(offsets[row], offsets[row + 1])) for row in rows]
-    assert taken.ids.tolist() == [one for each in expected for one in each]
-    assert taken.lengths.tolist() == [len(each) for each in expected]
-    assert taken.truncated.tolist() == [row % 3 == 0 for row in rows]
+    assert [start for start, _ in packs] == [0, *(end for _, end in packs[:-1])]
+    assert packs[-1][1] == len(lengths)
+    for start, end in packs:
+        assert end - start == 1 or tokens.offsets[end] - tokens.offsets[start] <= budget
+        assert end == tokens.pack_end(start, budget, equal)
+        inside = tokens.lengths[start:end]
+        assert not equal or len(set(inside.tolist())) == 1
+        if end < len(lengths):  # none that would have fitted is left out
+            more = tokens.offsets[end + 1] - tokens.offsets[start]
+            assert more > budget or (equal and tokens.lengths[end] != inside[0])
 
 
 @pytest.fixture(scope="module")
 def encoder(tiny):
-    return Encoder(
-        find(str(tiny)), EncoderSpec(pooling="mean", precision="fp32", max_length=16, truncation="window", overlap=4)
-    )
+    from bertray.checkpoints import find
+    from bertray.encoder import Encoder
+    from bertray.spec import Encoder as EncoderSpec
+
+    return Encoder(find(str(tiny)), EncoderSpec(pooling="mean", precision="fp32"))
 
 
-@quick
-@given(many_texts, st.randoms(use_true_random=False))
-def test_vectors_do_not_depend_on_order_or_neighbours(encoder, rows, rng):
-    order = rng.sample(range(len(rows)), len(rows))
-    whole, mixed = encoder.encode(rows), encoder.encode([rows[i] for i in order])
-    np.testing.assert_allclose(mixed.vectors, whole.vectors[order], atol=1e-5)
-    np.testing.assert_array_equal(mixed.tokens, whole.tokens[order])
-    np.testing.assert_array_equal(mixed.windows, whole.windows[order])
-    alone = encoder.encode(rows[:1])
-    np.testing.assert_allclose(alone.vectors[0], whole.vectors[0], atol=1e-5)
-
-
-@quick
-@given(many_texts, st.sets(st.integers(0, 59)))
-def test_rows_that_fail_leave_the_others_as_they_are(encoder, rows, bad):
-    broken = ["\ud800" if i in bad else text for i, text in enumerate(rows)]
-    encoded, failed = encoder.encode_rows(broken)
-    assert set(failed) == {i for i in bad if i < len(rows)}
-    good = [i for i in range(len(rows)) if i not in failed]
-    if good:
-        np.testing.assert_allclose(encoded.vectors[good], encoder.encode([rows[i] for i in good]).vectors, atol=1e-5)
-
-
-@quick
-@given(many_texts, st.integers(0, 2**32 - 1), st.data())
-def test_a_shard_comes_back_as_it_was_and_no_flipped_bit_is_missed(rows, seed, data):
-    with tempfile.TemporaryDirectory() as folder:
-        store = Store(folder)
-        vectors = np.random.default_rng(seed).normal(size=(len(rows), 3)).astype(np.float16)
-        table = pa.table({"id": [str(i) for i in range(len(rows))], "text": rows, "label": rows})
-        nothing = pa.table({"id": pa.array([], pa.string()), "reason": [], "preview": []})
-        receipt = store.write_shard(
-            Receipt("u", len(rows), 0, 0, 0, 0, 0.0, dict.fromkeys(rows, 1)), with_vectors(table, vectors), nothing
-        )
-        assert store.receipt("u") == receipt
-        assert store.check(receipt).select(["id", "text", "label"]).equals(table)
-        shard = Path(store.shard("u").path)
-        content = bytearray(shard.read_bytes())
-        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-        shard.write_bytes(content)
-        with pytest.raises(Exception, match="its shard"):
-            store.check(receipt)
+@settings(few, max_examples=25)
+@given(texts=st.lists(st.text(max_size=60), min_size=1, max_size=20), random=st.randoms())
+def test_vectors_of_shuffled_texts_are_the_shuffled_vectors(encoder, texts, random):
+    order = random.sample(range(len(texts)), len(texts))
+    straight, shuffled = encoder.encode(texts), encoder.encode([texts[i] for i in order])
+    assert np.isfinite(straight.vectors).all()
+    np.testing.assert_allclose(shuffled.vectors, straight.vectors[order], atol=1e-5)
+    assert shuffled.tokens.tolist() == straight.tokens[order].tolist()

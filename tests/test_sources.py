@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+from dataclasses import replace
 
 import pandas as pd
 import pyarrow as pa
@@ -65,8 +66,8 @@ def test_units_can_be_read_in_any_order(tmp_path, kind):
     cut = units(Source(path=write(tmp_path, f"rows.{kind}")), COLUMNS, 33)
     reader = Reader(COLUMNS)
     for i in (5, 2, 3, 9, 0):
-        rows = reader.read(cut[i]).rows
-        assert rows["text"].to_pylist() == FRAME["text"].tolist()[cut[i].start : cut[i].stop]
+        start, stop = (cut[i].start, cut[i].stop) if kind == "parquet" else (33 * i, 33 * i + 33)
+        assert reader.read(cut[i]).rows["text"].to_pylist() == FRAME["text"].tolist()[start:stop]
 
 
 def test_text_files_are_a_row_a_line(tmp_path):
@@ -156,19 +157,22 @@ BAD = {
     "column.jsonl": ('{"words": "a"}\n', "has no column 'text'. It has: words"),
     "column.json": ('[{"words": "a"}]', "has no column 'text'"),
     "ragged.csv": ("text,label\na,b,c\n", "ragged.csv cannot be read: .*Expected 2 columns, got 3"),
-    "broken.jsonl": ('{"text": \n', "none of its first 1 rows can be used: line 1 is not JSON: Expecting value"),
-    "list.jsonl": ("[1, 2]\n", "none of its first 1 rows can be used: record 1 must be an object"),
-    "text.jsonl": ('{"text": 5, "label": 1}\n', "column 'text' must hold strings. It holds int64"),
-    "lists.jsonl": ('{"text": ["a"], "label": 1}\n', "first 1 rows can be used: text is a list"),
-    "float.jsonl": ('{"text": "a", "label": 0.5}\n', "first 1 rows can be used: label is 0.5, not a whole number"),
-    "latin.jsonl": (b'{"text": "\xe9", "label": 1}\n', "first 1 rows can be used: line 1 is not UTF-8"),
+    "broken.jsonl": (
+        '{"text": \n{"text": "a"\n',
+        "broken.jsonl:1: line is not JSON: .* None of the first 2",
+    ),
+    "list.jsonl": ("[1, 2]\n", "list.jsonl:1: record is not an object"),
+    "text.jsonl": ('{"text": 5, "label": 1}\n', "text.jsonl:1: text is a number. .* set data.text"),
+    "lists.jsonl": ('{"text": ["a"], "label": 1}\n', "lists.jsonl:1: text is a list"),
+    "float.jsonl": ('{"text": "a", "label": 0.5}\n', "float.jsonl:1: label is not a whole number"),
+    "latin.jsonl": (b'{"text": "\xe9", "label": 1}\n', "latin.jsonl:1: line is not UTF-8"),
     "latin.csv": (b"text,label\n\xe9,1\n", "latin.csv cannot be read: .*UTF8"),
-    "latin.txt": (b"\xe9\n", "first 1 rows can be used: line 1 is not UTF-8"),
-    "surrogate.jsonl": ('{"text": "\\ud800", "label": 1}\n', "first 1 rows can be used: text holds half a character"),
-    "inf.jsonl": ('{"text": "a", "label": Infinity}\n', "first 1 rows can be used: label is inf, not a whole number"),
+    "latin.txt": (b"\xe9\n", "latin.txt:1: text is not UTF-8"),
+    "surrogate.jsonl": ('{"text": "\\ud800", "label": 1}\n', "surrogate.jsonl:1: text holds half a character"),
+    "inf.jsonl": ('{"text": "a", "label": Infinity}\n', "inf.jsonl:1: label is not a whole number"),
     "not.parquet": ("hello", "not.parquet cannot be read"),
     "not.arrow": ("hello", "not.arrow cannot be read"),
-    "cut.json": ('[{"text": "a", "label": 1}, {"te', "cut.json is not JSON"),
+    "cut.json": ('[{"text": "a", "label": 1}, {"te', "cut.json: record 2 is not JSON"),
     "rows.xyz": ("hello", "the name does not tell the format"),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "a", "label": 1}\n' * 5000)[:-30], "cannot be read"),
 }
@@ -197,28 +201,77 @@ def test_a_copy_is_the_same_source_and_a_change_is_another(tmp_path):
     assert keys[0] == keys[1] != keys[2]
 
 
-def test_a_file_that_changes_under_a_run_is_told_and_then_read_from_its_own_place(tmp_path):
-    path = tmp_path / "rows.jsonl"
+def test_after_an_error_the_next_unit_is_read_from_its_own_place(tmp_path):
+    """Of a file that changed: units cut before are refused, those cut after are read."""
+    path, columns = tmp_path / "rows.jsonl", Columns("text", label="label")
     path.write_text("".join(json.dumps({"text": f"t{i}", "label": 0}) + "\n" for i in range(30)))
-    before = path.stat().st_mtime_ns
-    cut = units(Source(path=str(path)), Columns("text", label="label"), 10)
-    reader = Reader(Columns("text", label="label"))
-    assert reader.read(cut[0]).rows.num_rows == 10
-    os.utime(path, ns=(before + 1, before + 1))
+    old, reader = units(Source(path=str(path)), columns, 10), Reader(columns)
+    reader.read(old[0])
+    path.write_text("".join(json.dumps({"text": f"u{i}", "label": 0}) + "\n" for i in range(30)))
     with pytest.raises(SourceError, match="rows.jsonl has changed since this run looked at it. Run the command again"):
-        reader.read(cut[1])
-    os.utime(path, ns=(before, before))
-    assert reader.read(cut[2]).rows["text"].to_pylist() == [f"t{i}" for i in range(20, 30)]
+        reader.read(old[1])
+    new = units(Source(path=str(path)), columns, 10)
+    assert reader.read(new[2]).rows["text"].to_pylist() == [f"u{i}" for i in range(20, 30)]
 
 
-def test_a_file_that_became_shorter(tmp_path):
-    path = tmp_path / "rows.csv"
+@pytest.mark.parametrize("change", ["shorter", "gone", "touched", "none"])
+def test_a_file_that_is_another_when_it_is_read(tmp_path, change):
+    path, columns = tmp_path / "rows.csv", Columns("text", label="label")
     path.write_text("text,label\n" + "x,0\n" * 50)
-    columns = Columns("text", label="label")
-    cut = units(Source(path=str(path)), columns)
-    path.write_text("text,label\n" + "x,0\n" * 20)
-    with pytest.raises(SourceError, match="has become shorter"):
-        Reader(columns).read(cut[0])
+    (unit,) = units(Source(path=str(path)), columns)
+    if change == "gone":
+        path.unlink()
+    elif change == "shorter":
+        path.write_text("text,label\n" + "x,0\n" * 20)
+        with pytest.raises(SourceError, match="has become shorter"):
+            Reader(columns).read(replace(unit, version=""))  # nobody is to look
+    elif change == "touched":
+        os.utime(path, (5, 5))
+    if change in ("touched", "none"):  # as another node's copy may be: what it holds is the same
+        assert Reader(columns).read(unit).rows.num_rows == 50
+    else:
+        with pytest.raises(SourceError, match="has changed since"):
+            Reader(columns).read(unit)
+
+
+@pytest.mark.parametrize(
+    ("groups", "step", "expected"),
+    [
+        ([50] * 4, 120, [(0, 100), (100, 200)]),
+        ([50] * 3, 33, [(0, 25), (25, 50), (50, 75), (75, 100), (100, 125), (125, 150)]),
+        ([10, 10, 100, 10], 40, [(0, 20), (20, 53), (53, 86), (86, 120), (120, 130)]),
+        ([0, 5, 0], 10, [(0, 5)]),
+        ([0], 10, None),
+    ],
+)
+def test_units_of_parquet_files_follow_row_groups(tmp_path, groups, step, expected):
+    with pq.ParquetWriter(tmp_path / "rows.parquet", pa.schema([("text", pa.string())])) as writer:
+        for size in groups:
+            writer.write_table(pa.table({"text": pa.array(["x"] * size, pa.string())}))
+    if expected is None:
+        with pytest.raises(SourceError, match="holds no rows"):
+            units(Source(path=str(tmp_path)), Columns("text"), step)
+    else:
+        cut = units(Source(path=str(tmp_path)), Columns("text"), step)
+        assert [(unit.start, unit.stop) for unit in cut] == expected
+
+
+def test_units_of_long_texts_hold_fewer_rows(tmp_path):
+    (tmp_path / "rows.txt").write_text(("x" * 49_999 + "\n") * 1000)
+    cut = units(Source(path=str(tmp_path)), Columns("text"))
+    assert [(unit.start, unit.stop) for unit in cut] == [(0, 335), (335, 670), (670, 1000)]
+
+
+def test_a_key_that_occurs_late(tmp_path):
+    path, columns = tmp_path / "rows.jsonl", Columns("text", label="label")
+    path.write_text('{"text": "a"}\n' * 150 + '{"text": "b", "label": "x"}\n')
+    (unit,) = units(Source(path=str(path)), columns)
+    batch = Reader(columns).read(unit)
+    assert batch.rows["text"].to_pylist() == ["b"]
+    assert batch.rejects["reason"].to_pylist() == ["label is null"] * 150
+    path.write_text('{"text": "a"}\n' * 150)
+    with pytest.raises(SourceError, match="has no column 'label'. It has: text"):
+        units(Source(path=str(path)), columns)
 
 
 @pytest.mark.parametrize("kind", ["pandas", "arrow", "datasets", "ray"])
