@@ -78,6 +78,7 @@ def kill_at_random(start, run, kills, seed, targets=TARGETS, pause=(0.5, 6.0), l
         What was killed, each with how many shards there were.
     """
     rng, killed, deadline = random.Random(seed), [], time.monotonic() + limit
+    order = [target for _ in range(kills) for target in rng.sample(targets, len(targets))]  # each kind comes in turn
     while True:
         process = start()
         while len(killed) < kills and process.poll() is None:
@@ -86,7 +87,7 @@ def kill_at_random(start, run, kills, seed, targets=TARGETS, pause=(0.5, 6.0), l
                 time.sleep(0.1)
                 continue
             time.sleep(rng.uniform(*pause))
-            target = rng.choice(targets)
+            target = order[len(killed)]
             if process.poll() is None and (pid := find(process.pid, target)):
                 shards = len(list(run.rglob("shards/*.parquet")))
                 os.kill(pid, signal.SIGKILL)
