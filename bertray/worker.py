@@ -71,7 +71,7 @@ class UnitEncoder:
         except (BertrayError, OSError) as error:
             self.failure = error
         self._at_work: dict[tuple[str, str], Attempt] = {}
-        self._signs, self._retries, self._lock = 0, 0, threading.Lock()
+        self._signs, self._retries, self._lock = 0, retries(), threading.Lock()
         threading.Thread(target=self._pulse, name="bertray-pulse", daemon=True).start()
         self.ready = time.time()
 

@@ -203,7 +203,7 @@ BAD_SPECS = {
         {"rows": [*FEW, {"text": None, "label": "x"}], "data": {"max_rejects": 0.1}},
         r"1 of 7 rows are set aside so far, more than data.max_rejects \(0.1\)",
     ),
-    "float labels": ({"rows": [{"text": "a", "label": 0.5}]}, "label is 0.5, not a whole number"),
+    "float labels": ({"rows": [{"text": "a", "label": 0.5}]}, "rows.jsonl:1: label is not a whole number"),
     "no such model": ({"encoder": {"model": "some-one/nothing"}}, "was not found: it is not in the Hugging Face cache"),
     "no gpu": ({"ray": {"device": "cuda"}}, "the Ray cluster has no GPU"),
     "too many workers": ({"ray": {"workers": 99}}, "ray.workers 99 of 1 CPUs each is more than the Ray"),

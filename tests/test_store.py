@@ -69,3 +69,40 @@ def test_damage_is_told_with_what_to_do(tmp_path):
     (store.location / "manifest.json").write(b"{")
     with pytest.raises(StoreError, match="manifest.json is damaged"):
         store.manifest()
+
+
+def test_what_a_kill_left_half_written_is_swept(tmp_path):
+    store, _ = filled(tmp_path)
+    partial = tmp_path / "shards" / ".u1.parquet.0a1b2c3d.partial"
+    partial.write_bytes(store.shard("u1").read()[:100])
+    kept = tmp_path / "shards" / ".of-somebody-else"
+    kept.write_text("x")
+    store.write_plan({"files": []})
+    assert not partial.exists()
+    assert kept.exists()
+    assert store.plan() == {"files": []}
+
+
+def test_another_plan_takes_the_manifest_along(tmp_path):
+    store, manifest = filled(tmp_path)
+    store.write_plan({"files": ["a"]})
+    store.finish(manifest)
+    store.write_plan({"files": ["a"]})
+    assert store.manifest() == manifest
+    store.write_plan({"files": ["a", "b"]})
+    assert store.manifest() is None
+    assert set(store.done(["u0", "u1", "u2"])) == {"u0", "u1", "u2"}
+
+
+def test_attempts_are_counted_by_run_and_in_all(tmp_path):
+    store = Store(str(tmp_path))
+    assert (store.begin("u", "a").number, store.begin("u", "a").number) == (1, 2)
+    again = store.begin("u", "b", "node")
+    assert (again.number, again.lost, again.node) == (1, 2, "node")
+    (file,) = store.attempts()
+    assert file.name == "u.json"
+    store.renew("u", again)
+    assert store.attempts()[0].stamp != file.stamp
+    store.end("u")
+    assert store.attempts() == []
+    assert store.begin("u", "b").lost == 0
