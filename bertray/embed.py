@@ -1,8 +1,8 @@
 """Embedding: units to vector stores, in parallel on Ray Data, each unit exactly once.
 
 Units whose shards are there already are not touched. What can go wrong: a process that ends is started again by Ray,
-and its units are begun again, a few times each; one that shows no sign of life is ended; a pipeline that fails, or has
-lost nodes that nothing replaces, is begun again with what is missing.
+and its units are begun again, a few times each; one that shows no sign of life is ended; a pipeline that fails is begun
+again with what is missing.
 """
 
 import json
@@ -33,7 +33,6 @@ from bertray.worker import UNITS_AT_ONCE, Job, UnitEncoder
 
 _FAILURES = 3  # of the whole pipeline, one after another without a unit done in between
 _LOOK_SECONDS = 15.0  # most between looks at the encoder processes
-_REPLACED_SECONDS = 90.0  # most that Ray is given to replace what ran on a node that died
 
 
 def embed(
@@ -152,7 +151,7 @@ def _until_done(
             for name, receipt in _receipts(list(missing.values()), job, sizes, ready):
                 if missing.pop((name, receipt.unit), None):
                     yield name, receipt
-        except (RayError, SystemException, _Stalled) as error:
+        except (RayError, SystemException) as error:
             line = " ".join(str(error).split())[:300]
         for name, store in job.stores.items():  # some were done while their receipts were on the way
             for receipt in store.done([key for split, key in missing if split == name]).values():
@@ -160,14 +159,12 @@ def _until_done(
                 yield name, receipt
         failures = 0 if len(missing) < before else failures + 1
         if failures == _FAILURES:
-            raise ClusterError(f"Embedding has failed {failures} times in a row: {line} The same command goes on.")
+            raise ClusterError(
+                f"Embedding has failed {failures} times in a row: {line} The same command goes on from here."
+            )
         if missing:
             log.warning("embedding: begun again with %d units that are missing: %s", len(missing), line)
             sizes = sizes.model_copy(update={"workers": "auto"})  # as many as there is room for now
-
-
-class _Stalled(Exception):
-    """A pipeline that will not end, while another one would."""
 
 
 def _receipts(
@@ -273,10 +270,9 @@ class _Watch:
     looked: float = field(default_factory=time.monotonic)
     queued: bool = False  # whether other work held what the processes need
     ended: set[tuple[str, int]] = field(default_factory=set)
-    nodes: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.queued, self.nodes = is_full(self.workers), alive_nodes()
+        self.queued = is_full(self.workers)
 
     def heard(self) -> None:
         """A unit is done."""
@@ -287,7 +283,6 @@ class _Watch:
 
         Raises:
             ClusterError: none of them has shown a sign of life.
-            _Stalled: those that are missing were on nodes that are gone.
         """
         now, patience = time.monotonic(), self.job.patience
         if now - self.looked < min(_LOOK_SECONDS, patience / 4):
@@ -303,10 +298,7 @@ class _Watch:
                     self._end(store.attempt(file.name.removesuffix(".json")))
                     since = now
                 self.seen[split, file.name] = (file.stamp, since)
-        silent = now - self.sign
-        if silent > min(_REPLACED_SECONDS, 2 * patience) and (gone := self.nodes - alive_nodes()):
-            raise _Stalled(f"{len(gone)} of {len(self.nodes)} nodes are gone.")
-        if silent > 2 * patience:
+        if now - self.sign > 2 * patience:
             self._nothing()
 
     def _end(self, attempt: Attempt | None) -> None:
