@@ -16,6 +16,7 @@ from conftest import MINILM
 
 from bertray import audit
 
+pytestmark = pytest.mark.timeout(300)
 ROWS = 1_500
 WORDS = "the cat sat on the mat and looked at the rain for a long while " * 8
 
