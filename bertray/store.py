@@ -300,13 +300,13 @@ class Store:
         except OSError as error:
             gone = isinstance(error, FileNotFoundError)
             raise StoreError("its shard is missing" if gone else f"its shard cannot be read: {error}") from None
+        if not _is_whole(data):  # before anything in it is believed
+            raise StoreError("its shard is damaged: the checksum differs")
         try:
             table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
             written = _receipt_in(pq.read_metadata(pa.BufferReader(data)))
         except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
             raise StoreError(f"its shard is damaged: {' '.join(str(error).split())[:100]}") from None
-        if _checksum(data, written.checksum) != written.checksum:
-            raise StoreError("its shard is damaged: the checksum differs")
         if written != receipt:
             raise StoreError("its shard is not the one that the manifest tells of")
         if table.num_rows != receipt.rows:
@@ -333,10 +333,11 @@ def _sealed(data: pa.Buffer) -> tuple[pa.Buffer, str]:
     return pa.py_buffer(sealed), checksum
 
 
-def _checksum(data: bytes, written: str) -> str:
-    """The checksum that a shard should hold, where it holds the one that is written."""
-    before, found, behind = data.rpartition(_BEFORE_CHECKSUM + written.encode())
-    return hashlib.sha256(before + _BEFORE_CHECKSUM + _UNSEALED.encode() + behind if found else data).hexdigest()
+def _is_whole(data: bytes) -> bool:
+    """Whether a shard has the checksum that it holds."""
+    before, found, behind = data.rpartition(_BEFORE_CHECKSUM)
+    written, behind = behind[: len(_UNSEALED)], behind[len(_UNSEALED) :]
+    return hashlib.sha256(before + found + _UNSEALED.encode() + behind).hexdigest().encode() == written
 
 
 def _receipt_in(metadata: pq.FileMetaData) -> Receipt:

@@ -13,8 +13,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from bertray.errors import StoreError
 from bertray.sources import Columns, Reader, units
 from bertray.spec import Source
+from bertray.store import Receipt, Store, with_vectors
 from bertray.tokens import Tokens
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
@@ -202,3 +204,23 @@ def test_vectors_of_shuffled_texts_are_the_shuffled_vectors(encoder, texts, rand
     assert np.isfinite(straight.vectors).all()
     np.testing.assert_allclose(shuffled.vectors, straight.vectors[order], atol=1e-5)
     assert shuffled.tokens.tolist() == straight.tokens[order].tolist()
+
+
+@few
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), min_size=1, max_size=40), st.data())
+def test_a_shard_comes_back_as_it_was_and_no_flipped_bit_is_missed(texts, data):
+    with TemporaryDirectory() as folder:
+        store = Store(folder)
+        vectors = np.random.default_rng(len(texts)).normal(size=(len(texts), 3)).astype(np.float16)
+        rows = pa.table({"id": [str(i) for i in range(len(texts))], "text": texts, "label": texts})
+        nothing = pa.table({"id": pa.array([], pa.string()), "reason": [], "preview": []})
+        receipt = Receipt("unit", len(texts), 0, 0, 0, 0, 0.0, dict.fromkeys(texts, 1))
+        receipt = store.write_shard(receipt, with_vectors(rows, vectors), nothing)
+        assert store.receipt("unit") == receipt
+        assert store.check(receipt).select(["id", "text", "label"]).equals(rows)
+        shard = Path(store.shard("unit").path)
+        content = bytearray(shard.read_bytes())
+        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        shard.write_bytes(content)
+        with pytest.raises(StoreError, match="its shard"):
+            store.check(receipt)
