@@ -37,7 +37,7 @@ class _Planned:
 
     @property
     def rows(self) -> int:
-        return sum(unit.stop - unit.start for unit in self.units)
+        return sum(unit.rows for unit in self.units)
 
 
 def status(folder: str) -> dict[str, Any]:
@@ -66,9 +66,9 @@ def status(folder: str) -> dict[str, Any]:
 def _status(each: _Planned) -> dict[str, Any]:
     manifest = each.store.manifest()
     keys = [unit.key for unit in each.units]
-    complete = manifest is not None and [receipt.unit for receipt in manifest.units] == keys
+    complete = manifest is not None and manifest.holds(keys)
     receipts = {r.unit: r for r in manifest.units} if manifest and complete else each.store.done(keys)
-    done = sum(unit.stop - unit.start for unit in each.units if unit.key in receipts)
+    done = sum(unit.rows for unit in each.units if unit.key in receipts)
     rate = _rate(each.store, receipts)
     return {
         "name": each.name,
@@ -155,7 +155,7 @@ def _verify(each: _Planned) -> tuple[dict[str, str], bool, list[str]]:
     except StoreError:
         manifest = None
     keys = [unit.key for unit in each.units]
-    complete = manifest is not None and [receipt.unit for receipt in manifest.units] == keys
+    complete = manifest is not None and manifest.holds(keys)
     receipts = {receipt.unit: receipt for receipt in manifest.units} if manifest and complete else {}
     broken: dict[str, str] = {}
     hashes: list[np.ndarray[Any, Any]] = []
@@ -179,9 +179,9 @@ def _verify(each: _Planned) -> tuple[dict[str, str], bool, list[str]]:
 def _check(store: Store, unit: Unit, receipt: Receipt | None) -> pa.Table:
     if receipt is None and (receipt := store.receipt(unit.key)) is None:
         raise StoreError("its shard is missing" if not store.shard(unit.key).exists() else "its shard is damaged")
-    if receipt.rows + receipt.rejected != unit.stop - unit.start:
+    if receipt.rows + receipt.rejected != unit.rows:
         raise StoreError(
-            f"its {receipt.rows} rows and {receipt.rejected} set aside are not the {unit.stop - unit.start} of its file"
+            f"its {receipt.rows} rows and {receipt.rejected} set aside are not the {unit.rows} of its file"
         )
     return store.check(receipt)
 

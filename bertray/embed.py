@@ -79,8 +79,8 @@ def embed(
             run,
             sizes.patience,
         )
-        total = sum(unit.stop - unit.start for split in splits for unit in split.units)
-        missing = sum(unit.stop - unit.start for _, unit in todo)
+        total = sum(unit.rows for split in splits for unit in split.units)
+        missing = sum(unit.rows for _, unit in todo)
         if missing < total:
             log.info("embedding: %d of %d rows are done already", total - missing, total)
         with Progress("embedding", total, "rows", total - missing) as progress:
@@ -99,7 +99,7 @@ class _Rejects:
 
     def __init__(self, split: Split, most: float) -> None:
         self.split, self.aside = split, 0
-        self.rows = sum(unit.stop - unit.start for unit in split.units)
+        self.rows = sum(unit.rows for unit in split.units)
         self.most, self.told = most if isinstance(most, int) else most * self.rows, most
 
     def add(self, receipt: Receipt) -> None:

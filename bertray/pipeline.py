@@ -107,7 +107,7 @@ class _Run:
         open_splits = []
         for split in self.splits:
             manifest = split.store.manifest()
-            if manifest and [receipt.unit for receipt in manifest.units] == [unit.key for unit in split.units]:
+            if manifest and manifest.holds([unit.key for unit in split.units]):
                 self.manifests[split.name] = manifest
             else:
                 open_splits.append(split)

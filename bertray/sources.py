@@ -24,6 +24,7 @@ from bertray.spec import Source
 from bertray.storage import FileInfo, Location
 
 UNIT_ROWS = 20_000
+PREVIEW = 80  # characters of a text that is set aside
 _STAGED_ROWS = 100_000
 _STAGED = re.compile(r"part-\d{5}-[0-9a-f]{16}\.parquet")
 _UNIT_BYTES = 16 << 20
@@ -59,6 +60,10 @@ class Unit:
     start: int
     stop: int
     version: str = ""
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
 
     @property
     def key(self) -> str:
@@ -277,7 +282,7 @@ def normalize(table: pa.Table, columns: Columns, unit: Unit, odd: Sequence[Odd] 
     reason = pc.coalesce(*reasons)
     rejected = pc.is_valid(reason)
     shown = _reasons({cell.row: cell.shown for cell in odd if cell.column in ("", columns.text)}, table.num_rows)
-    preview = pc.utf8_slice_codeunits(pc.coalesce(rows["text"], shown, ""), 0, 80)
+    preview = pc.utf8_slice_codeunits(pc.coalesce(rows["text"], shown, ""), 0, PREVIEW)
     rejects = pa.table({"id": rows["id"], "reason": reason, "preview": preview}).filter(rejected)
     return Batch(rows.filter(pc.invert(rejected)).combine_chunks(), rejects)
 

@@ -113,8 +113,15 @@ class Location:
         return cause.errno in _PASSING if self.local else not _LASTING.search(str(cause))
 
     @property
+    def _name(self) -> str:
+        return self.path.rsplit("/", 1)[-1]
+
+    def _looked_up(self) -> pafs.FileInfo:
+        return self.patiently(lambda: self.fs.get_file_info(self.path))
+
+    @property
     def kind(self) -> pafs.FileType:
-        return self.patiently(lambda: self.fs.get_file_info(self.path)).type
+        return self._looked_up().type
 
     def exists(self) -> bool:
         return self.kind != pafs.FileType.NotFound
@@ -229,17 +236,17 @@ class Location:
 
     def file(self) -> FileInfo | None:
         """This file, or None if it is none."""
-        info = self.patiently(lambda: self.fs.get_file_info(self.path))
-        return self._info(info, self.path.rsplit("/", 1)[-1]) if info.type == pafs.FileType.File else None
+        info = self._looked_up()
+        return self._info(info, self._name) if info.type == pafs.FileType.File else None
 
     def match(self) -> list[FileInfo]:
         """The files that this location names: itself, all below it, or those that fit its wildcards."""
-        if file := self.file():
-            return [file]
-        kind = self.kind
-        if kind == pafs.FileType.Unknown:  # a pipe or a device: reading one may never end
+        info = self._looked_up()
+        if info.type == pafs.FileType.File:
+            return [self._info(info, self._name)]
+        if info.type == pafs.FileType.Unknown:  # a pipe or a device: reading one may never end
             return []
-        if kind == pafs.FileType.Directory or not _WILD.search(self.url):
+        if info.type == pafs.FileType.Directory or not _WILD.search(self.url):
             return self.files()
         base = _WILD.split(self.url)[0].rpartition("/")[0] + "/"
         pattern = re.compile(_glob_regex(self.url.removeprefix(base)))

@@ -68,9 +68,6 @@ class Attempt:
     since: float = field(default_factory=time.time)
 
 
-COUNTS = ("rows", "rejected", "empty", "truncated", "windowed", "tokens")
-
-
 @dataclass(frozen=True)
 class Manifest:
     """What a complete store holds: what made it, and a receipt for each unit in the order of the rows."""
@@ -83,10 +80,14 @@ class Manifest:
         """The sum of a count over all units."""
         return int(sum(getattr(unit, name) for unit in self.units))
 
+    def holds(self, units: Sequence[str]) -> bool:
+        """Whether these are its units, in that order."""
+        return [receipt.unit for receipt in self.units] == list(units)
+
     @property
     def counts(self) -> dict[str, int]:
         """What became of all rows, for summaries."""
-        return {name: self.total(name) for name in COUNTS}
+        return {name: self.total(name) for name in ("rows", "rejected", "empty", "truncated", "windowed", "tokens")}
 
     @property
     def labels(self) -> dict[str, int]:

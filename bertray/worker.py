@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from bertray import checkpoints, labels
 from bertray.errors import BertrayError, CheckpointError, ClusterError, StoreError
 from bertray.progress import log
-from bertray.sources import Batch, Columns, Reader, Unit
+from bertray.sources import PREVIEW, Batch, Columns, Reader, Unit
 from bertray.spec import Encoder as EncoderSpec
 from bertray.storage import Location, retries
 from bertray.store import Attempt, Receipt, Store, with_vectors
@@ -32,7 +32,6 @@ from bertray.store import Attempt, Receipt, Store, with_vectors
 UNITS_AT_ONCE = 3  # one is read, one encoded, one written
 _ATTEMPTS = 5  # at a unit in one run; those before it was begun in vain, since its process ended
 _PULSE_SECONDS = 20.0  # most between renewals of attempts
-_PREVIEW = 80  # characters of a text that is set aside
 
 
 @dataclass(frozen=True)
@@ -168,8 +167,9 @@ class UnitEncoder:
         started = time.perf_counter()
         columns, names = self.job.columns[split], self.job.label_names
         batch = self._read(split, unit)
+        counts = _labels(batch) if columns.label else {}
         if names and columns.label:
-            labels.check(_labels(batch), names, unit.url)
+            labels.check(counts, names, unit.url)
         pairs = batch.rows["text_pair"].to_pylist() if columns.text_pair else None
         encoded, failed = self.encoder.encode_rows(batch.rows["text"].to_pylist(), pairs)
         batch = set_aside(batch, failed)
@@ -182,7 +182,7 @@ class UnitEncoder:
             int(encoded.truncated[kept].sum()),
             int(encoded.tokens[kept].sum()),
             round(time.perf_counter() - started, 4),
-            _labels(batch) if columns.label else {},
+            _labels(batch) if failed and columns.label else counts,
             self.encoder.backend.name,
             int((encoded.windows[kept] > 1).sum()),
             attempt.lost,
@@ -232,7 +232,7 @@ def set_aside(batch: Batch, failed: Mapping[int, str]) -> Batch:
         {
             "id": rows["id"],
             "reason": pa.array([failed[row] for row in bad], pa.string()),
-            "preview": pc.utf8_slice_codeunits(rows["text"], 0, _PREVIEW),
+            "preview": pc.utf8_slice_codeunits(rows["text"], 0, PREVIEW),
         }
     )
     good = np.delete(np.arange(batch.rows.num_rows), bad)
