@@ -13,13 +13,16 @@ from bertray.errors import BundleError
 from bertray.heads import LinearHead
 from bertray.storage import Location
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class Bundle:
     """A fitted head with all that is needed to use it.
 
+    problem: what a text-classification answers: `single_label`, `multi_label` or `regression`.
+    features: which pooled states of which layers a vector consists of, side by side: `mean_6` is the mean over the
+        tokens of the sixth layer's output, `cls_0` that of the embeddings at [CLS].
     encoder: the spec's encoder section, with the hashes (`identity`) of the checkpoint it was fitted on.
     columns: the names that the training rows used, for batch prediction.
     fingerprint: of the vectors and settings that it was fitted on.
@@ -27,7 +30,9 @@ class Bundle:
     """
 
     task: str
+    problem: str
     labels: tuple[str, ...]
+    features: tuple[str, ...]
     encoder: dict[str, Any]
     columns: dict[str, str]
     head_spec: dict[str, Any]
@@ -75,7 +80,8 @@ def load(url: str) -> Bundle:
                 "Install the bertray that wrote it, or fit again."
             )
         head = LinearHead(**from_bytes((folder / "head.safetensors").read()))
-        bundle = Bundle(**{**fields, "labels": tuple(fields["labels"]), "losses": tuple(fields["losses"])}, head=head)
+        lists = {name: tuple(fields[name]) for name in ("labels", "features", "losses")}
+        bundle = Bundle(**{**fields, **lists}, head=head)
     except FileNotFoundError:
         raise BundleError(
             f"{url} is not a bundle: it has no bundle.json and head.safetensors. Give the folder head/ of a run."

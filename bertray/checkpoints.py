@@ -6,6 +6,7 @@ Face cache and on its hub. Knows nothing of what the weights compute.
 
 import hashlib
 import importlib.metadata
+import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,6 +49,12 @@ class Checkpoint:
         """sha256 over the files that hold weights and config."""
         weights = sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("pytorch_model*.bin"))
         return _sha256(weights if len(weights) != 1 else weights[0])
+
+    @cached_property
+    def layers(self) -> int:
+        """How many layers there are above the embeddings."""
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return int(config.get("num_hidden_layers") or config.get("n_layers") or 0)
 
     @cached_property
     def identity(self) -> dict[str, str]:

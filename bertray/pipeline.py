@@ -184,7 +184,9 @@ class _Run:
         (self.folder / "metrics.json").delete()  # its figures are another head's
         bundle = Bundle(
             self.spec.task,
+            "single_label",
             names,
+            (f"{self.spec.encoder.pooling}_{self.checkpoint.layers}",),
             encoder,
             columns,
             self.spec.head.model_dump(),

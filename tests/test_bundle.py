@@ -33,7 +33,7 @@ def test_it_survives_saving_and_holds_no_code(demo, bundle):
         ("bundle.json", b"{", "is damaged"),
         ("head.safetensors", b"junk", "is damaged"),
         ("bundle.json", b'{"version": 99}', "is a bundle of version 99"),
-        ("bundle.json", b'{"version": 1}', "is damaged"),
+        ("bundle.json", b'{"version": 2}', "is damaged"),
         ("bundle.json", b"[]", "is damaged"),
     ],
 )
