@@ -8,8 +8,8 @@ of one length each, which need neither padding nor a mask. Knows nothing of text
 import copy
 import inspect
 import time
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from itertools import groupby, pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from bertray import native
 from bertray.errors import CheckpointError
+from bertray.features import Feature
 from bertray.progress import log
 from bertray.tokens import Tokens
 
@@ -31,14 +32,7 @@ _ATTENTION = "bertray_varlen"
 _FIDELITY = 0.999  # least cosine to fp32 that `auto` takes
 _SAME = 0.9  # a lower one is no matter of precision: the backend does not fit the model
 
-Pooling = Callable[[torch.Tensor, Any], torch.Tensor]
-# Each takes the last hidden states [n, tokens, width] of texts of one length, and the model's pooler.
-POOLINGS: dict[str, Pooling] = {
-    "pooler": lambda hidden, pooler: pooler(hidden),
-    "cls": lambda hidden, pooler: hidden[:, 0],
-    "mean": lambda hidden, pooler: hidden.float().mean(1),
-    "max": lambda hidden, pooler: hidden.amax(1),
-}
+POOLINGS = ("pooler", "cls", "mean", "max", "first")
 
 
 class Backend(Protocol):
@@ -51,11 +45,12 @@ class Backend(Protocol):
     steps: int
 
     def start(self, tokens: Tokens) -> Callable[[], NDArray[Any]]:
-        """Begin to encode texts sorted by falling length; the result, once called, waits for vectors [n, width]."""
+        """Begin to encode texts sorted by falling length; the result, once called, waits for the vectors of their
+        segments [m, features, width]."""
         ...
 
 
-def choose(model: Any, precision: str, pooling: str, device: str, threads: int = 0) -> Backend:
+def choose(model: Any, precision: str, features: Sequence[Feature], device: str, threads: int = 0) -> Backend:
     """The fastest backend for a loaded model (float32, on the CPU) in a precision, or for `auto` in the fastest one
     that keeps a cosine of 0.999 to fp32.
 
@@ -63,9 +58,9 @@ def choose(model: Any, precision: str, pooling: str, device: str, threads: int =
         CheckpointError: the precision cannot be had on this device.
     """
     wanted = _automatic(model, device) if precision == "auto" else [precision]
-    expected = _reference(model, pooling)
+    expected = _reference(model, features)
     for candidate in wanted:
-        backend = _build(model, candidate, pooling, device, threads)
+        backend = _build(model, candidate, features, device, threads)
         cosine = _least_cosine(backend.start(_sample(model))(), expected)
         if cosine >= (_FIDELITY if precision == "auto" and candidate != "fp32" else _SAME):
             log.debug("encoder: %s, cosine to fp32 at least %.5f on a sample", backend.name, cosine)
@@ -100,23 +95,23 @@ def _gain_of_bf16(size: int = 512) -> float:
     return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
-def _build(model: Any, precision: str, pooling: str, device: str, threads: int) -> Backend:
+def _build(model: Any, precision: str, features: Sequence[Feature], device: str, threads: int) -> Backend:
     reason = "it is for CPUs" if device != "cpu" else native.why_not(model)
     if precision in native.PRECISIONS and not reason:
-        return native.NativeBackend(model, precision, pooling, threads)
+        return native.NativeBackend(model, precision, features, threads)
     if precision not in _DTYPES:
         raise CheckpointError(f"encoder.precision {precision} cannot be had here: {reason}. Set it to auto.")
     if (device, precision) != ("cpu", "fp32"):  # as it came; other candidates may need it like that
         model = copy.deepcopy(model).to(device, _DTYPES[precision])
     if device == "cuda" and not (reason := _why_not_varlen(model)):
-        return VarlenBackend(model, precision, pooling, device)
+        return VarlenBackend(model, precision, features, device)
     if device == "cuda":
         log.warning("encoder: texts are grouped by length, since packed attention cannot be used: %s", reason)
-    return TorchBackend(model, precision, pooling, device)
+    return TorchBackend(model, precision, features, device)
 
 
-def _reference(model: Any, pooling: str) -> NDArray[np.float32]:
-    return TorchBackend(model, "fp32", pooling, "cpu").start(_sample(model))()
+def _reference(model: Any, features: Sequence[Feature]) -> NDArray[np.float32]:
+    return TorchBackend(model, "fp32", features, "cpu").start(_sample(model))()
 
 
 def _sample(model: Any) -> Tokens:
@@ -127,7 +122,7 @@ def _sample(model: Any) -> Tokens:
 
 
 def _least_cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
-    a, b = a.astype(np.float64), b.astype(np.float64)
+    a, b = (part.reshape(-1, part.shape[-1]).astype(np.float64) for part in (a, b))
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return float(((a * b).sum(1) / np.maximum(norms, 1e-30)).min())
 
@@ -137,14 +132,15 @@ class TorchBackend:
 
     equal = True
 
-    def __init__(self, model: Any, precision: str, pooling: str, device: str) -> None:
+    def __init__(self, model: Any, precision: str, features: Sequence[Feature], device: str) -> None:
         self.precision = precision
         self.name = f"{precision} by torch on {device}"
         self.block = _BLOCKS[device]
         self.budget = _BUDGETS[device]
         self.steps = 0
         self._model, self._device = model, device
-        self._pool, self._pooler = POOLINGS[pooling], getattr(model, "pooler", None)
+        self._features, self._pooler = tuple(features), getattr(model, "pooler", None)
+        self._layers = sorted({feature.layer for feature in features})
         self._types = getattr(model.config, "type_vocab_size", 0) > 1
 
     @torch.inference_mode()
@@ -156,7 +152,9 @@ class TorchBackend:
         while start < len(tokens.truncated):
             end = tokens.pack_end(start, self.budget, self.equal)
             try:
-                parts.append(self._pack(ids, types, tokens.offsets[start : end + 1]))
+                parts.append(
+                    self._pooled(self._states(ids, types, tokens.offsets[start : end + 1]), tokens, start, end)
+                )
                 start = end
                 self.steps += 1
             except RuntimeError as error:
@@ -194,14 +192,72 @@ class TorchBackend:
         self.budget = tokens // 2
         log.warning("encoder: out of memory on %s; packs now hold %d tokens", self._device, self.budget)
 
-    def _pack(self, ids: torch.Tensor, types: torch.Tensor, offsets: NDArray[np.int64]) -> torch.Tensor:
-        """Vectors [n, width] of texts of one length."""
+    def _states(self, ids: torch.Tensor, types: torch.Tensor, offsets: NDArray[np.int64]) -> dict[int, torch.Tensor]:
+        """layer -> states [tokens, width] of texts of one length, for the layers that features need."""
         texts = len(offsets) - 1
         span = slice(int(offsets[0]), int(offsets[-1]))
         inputs = {"input_ids": ids[span].view(texts, -1)}
         if self._types:
             inputs["token_type_ids"] = types[span].view(texts, -1)
-        return self._pool(self._model(**inputs).last_hidden_state, self._pooler)
+        return self._run(inputs)
+
+    def _run(self, inputs: dict[str, Any]) -> dict[int, torch.Tensor]:
+        last = int(self._model.config.num_hidden_layers)
+        if self._layers == [last]:
+            states = {last: self._model(**inputs).last_hidden_state}
+        else:
+            every = self._model(**inputs, output_hidden_states=True).hidden_states
+            states = {layer: every[layer] for layer in self._layers}
+        return {layer: hidden.reshape(-1, hidden.shape[-1]) for layer, hidden in states.items()}
+
+    def _pooled(self, states: dict[int, torch.Tensor], tokens: Tokens, start: int, end: int) -> torch.Tensor:
+        """[m, features, width] of the segments of texts start to end."""
+        pool = self._of_texts(tokens, start, end) if tokens.segments is None else self._of_words(tokens, start, end)
+        return torch.stack([pool(states[layer], pooling).float() for pooling, layer in self._features], 1)
+
+    def _of_texts(self, tokens: Tokens, start: int, end: int) -> Callable[[torch.Tensor, str], torch.Tensor]:
+        # Sorted by length: each run of one length is a rectangle.
+        lengths = tokens.lengths[start:end].tolist()
+        shapes = [(length, len(list(run))) for length, run in groupby(lengths)]
+
+        def pool(hidden: torch.Tensor, pooling: str) -> torch.Tensor:
+            runs = hidden.split([length * texts for length, texts in shapes])
+            parts = (run.view(texts, length, -1) for run, (length, texts) in zip(runs, shapes, strict=True))
+            return torch.cat([_pool_texts(part, pooling, self._pooler) for part in parts])
+
+        return pool
+
+    def _of_words(self, tokens: Tokens, start: int, end: int) -> Callable[[torch.Tensor, str], torch.Tensor]:
+        segments, own = tokens.segments, slice(tokens.edges[start], tokens.edges[end])
+        assert segments is not None
+        counts = segments.stops[own] - segments.starts[own]
+        behind = np.cumsum(counts)
+        places = np.arange(counts.sum()) + np.repeat(
+            segments.starts[own] - tokens.offsets[start] - behind + counts, counts
+        )
+        moved, lengths = self._moved(places), self._moved(counts)
+        return lambda hidden, pooling: _pool_words(hidden[moved], lengths, pooling)
+
+
+def _pool_texts(hidden: torch.Tensor, pooling: str, pooler: Any) -> torch.Tensor:
+    """[n, width] of states [n, tokens, width]."""
+    if pooling == "pooler":
+        return pooler(hidden)
+    if pooling == "mean":
+        return hidden.float().mean(1)
+    return hidden.amax(1) if pooling == "max" else hidden[:, 0]
+
+
+def _pool_words(hidden: torch.Tensor, counts: torch.Tensor, pooling: str) -> torch.Tensor:
+    """[m, width] of the states of segments one after another, so many each; zeros of those that have none."""
+    if not len(hidden):
+        return hidden.new_zeros(len(counts), hidden.shape[-1])
+    if pooling in ("cls", "first"):
+        hidden = torch.cat([hidden, torch.zeros_like(hidden[:1])])
+        first = (counts.cumsum(0) - counts).masked_fill(counts == 0, len(hidden) - 1)
+        return hidden[first]
+    pooled = torch.segment_reduce(hidden.float(), pooling, lengths=counts, axis=0)
+    return pooled.masked_fill((counts == 0)[:, None], 0)
 
 
 class VarlenBackend(TorchBackend):
@@ -213,34 +269,26 @@ class VarlenBackend(TorchBackend):
 
     equal = False
 
-    def __init__(self, model: Any, precision: str, pooling: str, device: str) -> None:
-        super().__init__(model, precision, pooling, device)
+    def __init__(self, model: Any, precision: str, features: Sequence[Feature], device: str) -> None:
+        super().__init__(model, precision, features, device)
         self.name += ", packed"
         model.set_attn_implementation(_registered_attention())
         self._first_position = native.first_position(model)
 
-    def _pack(self, ids: torch.Tensor, types: torch.Tensor, offsets: NDArray[np.int64]) -> torch.Tensor:
-        """Vectors [n, width] of texts sorted by falling length."""
+    def _states(self, ids: torch.Tensor, types: torch.Tensor, offsets: NDArray[np.int64]) -> dict[int, torch.Tensor]:
+        """layer -> states [tokens, width] of texts sorted by falling length."""
         span = slice(int(offsets[0]), int(offsets[-1]))
         offsets = offsets - offsets[0]
-        lengths = np.diff(offsets)
         starts = self._moved(offsets)
-        longest = int(lengths[0])
+        longest = int(offsets[1])
         tokens = torch.arange(int(offsets[-1]), device=self._device)
         positions = tokens - starts[torch.searchsorted(starts, tokens, right=True) - 1] + self._first_position
-        inputs = {"input_ids": ids[None, span], "position_ids": positions[None]}
+        inputs: dict[str, Any] = {"input_ids": ids[None, span], "position_ids": positions[None]}
         if self._types:
             inputs["token_type_ids"] = types[None, span]
         edges = starts.to(torch.int32)
         lengths_of = {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
-        hidden = self._model(**inputs, **lengths_of).last_hidden_state[0]
-        # Sorted by length: each run of one length is a rectangle.
-        runs = [0, *(np.flatnonzero(np.diff(lengths)) + 1).tolist(), len(lengths)]
-        rectangles = (
-            hidden[offsets[start] : offsets[stop]].view(stop - start, -1, hidden.shape[-1])
-            for start, stop in pairwise(runs)
-        )
-        return torch.cat([self._pool(rectangle, self._pooler) for rectangle in rectangles])
+        return self._run({**inputs, **lengths_of})
 
 
 def _why_not_varlen(model: Any) -> str:

@@ -1,4 +1,4 @@
-"""The frozen BERT: texts to one vector each. Knows nothing of Ray, of files of rows, or of heads.
+"""The frozen BERT: texts, or their words, to one vector each. Knows nothing of Ray, of files of rows, or of heads.
 
 This is the only inference path: stores, batch prediction and serving all call `Encoder`. Texts are tokenized
 once and sorted by length inside a large block; a backend runs them in packs without padding; vectors come back in the
@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from itertools import pairwise
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,16 +21,18 @@ from numpy.typing import NDArray
 from bertray import backends
 from bertray.checkpoints import Checkpoint
 from bertray.errors import BertrayError, CheckpointError
+from bertray.features import Feature, features
 from bertray.native import first_position
 from bertray.spec import Encoder as EncoderSpec
-from bertray.tokens import Tokenizer, Tokens, Windows
+from bertray.tokens import Ints, Tokenizer, Tokens, Windows, Words
 
-Vectors = NDArray[np.float32] | NDArray[np.float16]
+Vectors = NDArray[Any]
 
 
 # Characters of the texts of a block, for each text that it may hold: long texts make blocks of fewer, since tokenizing
 # takes hundreds of bytes a token for a while.
 _CHARACTERS = 2048
+_BLOCK_OF_WORDS = 512  # texts of a block whose words all become vectors
 _PROBE = "a plain text"
 _PARTS = 4  # of a block that failed: with many bad rows halves take twice as many passes over the good ones
 _REASON = 300  # characters of a reason
@@ -40,25 +42,28 @@ _REASON = 300  # characters of a reason
 class Encoded:
     """What encoding n texts gives.
 
-    vectors: [n, width] float32 for fp32, otherwise float16 (finer than bf16; its narrower range is checked).
+    vectors: [n, width of all features] float32 for fp32, otherwise float16 (finer than bf16; its narrower range is
+        checked). Where words become vectors: n arrays [words, width]; zeros for a word that was cut off, or that the
+        tokenizer makes nothing of.
     tokens: [n] how many tokens were encoded of each text: those of all its windows.
     truncated: [n] whether it lost something.
     windows: [n] how many windows it was encoded in.
+    spans: [n] of each text [words, 2] where its words begin and end, in characters; None where texts become vectors.
     """
 
     vectors: Vectors
     tokens: NDArray[np.int64]
     truncated: NDArray[np.bool_]
     windows: NDArray[np.int64]
-
-    @classmethod
-    def zeros(cls, texts: int, width: int, dtype: Any) -> "Encoded":
-        counts = (np.zeros(texts, np.int64) for _ in range(2))
-        return cls(np.zeros((texts, width), dtype), next(counts), np.zeros(texts, bool), next(counts))
+    spans: NDArray[np.object_]
 
     def part(self, span: slice) -> "Encoded":
         """Some texts of it, in the same memory."""
         return Encoded(*(getattr(self, field.name)[span] for field in fields(self)))
+
+    def take(self, rows: NDArray[np.int64]) -> "Encoded":
+        """Some texts of it."""
+        return Encoded(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 class _Overflow(CheckpointError):
@@ -73,12 +78,16 @@ class Encoder:
     """A frozen checkpoint on a device, with its tokenizer and pooling. Threads may share one: while one of them
     encodes, the others tokenize."""
 
-    def __init__(self, checkpoint: Checkpoint, spec: EncoderSpec, device: str = "cpu", threads: int = 0) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, spec: EncoderSpec, device: str = "cpu", threads: int = 0, part: str = "text"
+    ) -> None:
         """Load the checkpoint.
 
         Args:
             device: `cpu` or `cuda` (the first one this process sees).
             threads: CPU threads to compute with; 0 leaves torch's default.
+            part: what becomes a vector: each `text` or pair; each `word` of the texts; or, of pairs, [CLS] and each
+                `token` of the second texts.
 
         Raises:
             CheckpointError: the checkpoint lacks what the spec asks of it.
@@ -87,14 +96,15 @@ class Encoder:
             torch.set_num_threads(threads)
             os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's own pool
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
-        model = _load(checkpoint, spec)
-        self.width = int(model.config.hidden_size)
-        self.tokenizer = Tokenizer(checkpoint.folder, spec.max_length, spec.truncation, spec.overlap)
-        self.backend = backends.choose(model, spec.precision, spec.pooling, device, threads)
+        self.features = features(spec.pooling, spec.layers, checkpoint.layers)
+        model = _load(checkpoint, spec, self.features)
+        self.width = len(self.features) * int(model.config.hidden_size)
+        self.tokenizer = Tokenizer(checkpoint.folder, spec.max_length, spec.truncation, spec.overlap, part)
+        self.backend = backends.choose(model, spec.precision, self.features, device, threads)
         self._name, self._stored = checkpoint.name, stored_dtype(spec.precision)
         self._vocabulary = int(model.config.vocab_size)
         self._typed = getattr(model.config, "type_vocab_size", 0) > 1
-        self._pooling = spec.pooling
+        self._block = self.backend.block if part == "text" else _BLOCK_OF_WORDS
         self._beginning = Lock()
         self._blocks_begun = 0
 
@@ -104,21 +114,28 @@ class Encoder:
         through the layers (on CUDA: that was sent to the device, which is at most a few packs behind)."""
         return self._blocks_begun + self.backend.steps
 
-    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Encoded:
+    def encode(
+        self, texts: Sequence[str], pairs: Sequence[str] | None = None, words: Sequence[Ints] | None = None
+    ) -> Encoded:
         """Vectors of texts, or of pairs, in their order.
+
+        Args:
+            words: where the words of each text begin and end, in characters, if those become vectors and are known.
 
         Raises:
             CheckpointError: the texts or their vectors exceed what the checkpoint or the precision can hold.
             SourceError: a text is too long, where that is an error.
             SpecError: max_length leaves no room beside the special tokens and the overlap.
         """
-        out = Encoded.zeros(len(texts), self.width, self._stored)
-        for _, finish in self._blocks(texts, pairs, out, strict=True):
+        out = self._empty(len(texts))
+        for _, finish in self._blocks(_Inputs(texts, pairs, words), out, strict=True):
             finish()
         return out
 
-    def encode_rows(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> tuple[Encoded, dict[int, str]]:
-        """The same, but a text that cannot be encoded stops nothing: it has zeros for all of its results.
+    def encode_rows(
+        self, texts: Sequence[str], pairs: Sequence[str] | None = None, words: Sequence[Ints] | None = None
+    ) -> tuple[Encoded, dict[int, str]]:
+        """The same, but a text that cannot be encoded stops nothing: it has zeros (or no words) for its results.
 
         Returns:
             What encoding gives, and for each row that failed the reason, a line.
@@ -126,56 +143,63 @@ class Encoder:
         Raises:
             Exception: what is no text's fault: memory, files and devices fail, or a plain text too cannot be encoded.
         """
-        out = Encoded.zeros(len(texts), self.width, self._stored)
+        out, inputs = self._empty(len(texts)), _Inputs(texts, pairs, words)
         failed: dict[int, str] = {}
-        for span, finish in self._blocks(texts, pairs, out, strict=False):
-            failed.update(self._salvage(texts, pairs, span, out, finish))
+        for span, finish in self._blocks(inputs, out, strict=False):
+            failed.update(self._salvage(inputs, span, out, finish))
         for row in np.flatnonzero(out.truncated & (out.tokens == 0)).tolist():
             failed[row] = f"longer than {self.tokenizer.max_length} tokens"
+        nothing = self._empty(1)
         for field in fields(out):
-            getattr(out, field.name)[list(failed)] = 0
+            for row in failed:
+                getattr(out, field.name)[row] = getattr(nothing, field.name)[0]
         return out, dict(sorted(failed.items()))
 
-    def _salvage(
-        self, texts: Sequence[str], pairs: Sequence[str] | None, span: slice, out: Encoded, finish: Callable[[], None]
-    ) -> dict[int, str]:
+    def _empty(self, texts: int) -> Encoded:
+        """Room for what encoding gives."""
+        tokens, truncated, windows = (np.zeros(texts, kind) for kind in (np.int64, bool, np.int64))
+        vectors, spans = np.zeros((texts, self.width), self._stored), np.full(texts, None)
+        if self.tokenizer.part != "text":
+            vectors = np.empty(texts, object)
+            for row in range(texts):
+                vectors[row], spans[row] = np.zeros((0, self.width), self._stored), np.zeros((0, 2), np.int64)
+        return Encoded(vectors, tokens, truncated, windows, spans)
+
+    def _salvage(self, inputs: "_Inputs", span: slice, out: Encoded, finish: Callable[[], None]) -> dict[int, str]:
         """Finish a block. Where it fails, encode it in parts, and those in theirs, down to the rows that fail."""
         try:
             finish()
             return {}
         except _Overflow as error:
-            self._probe(error, pairs is not None)
+            self._probe(error, inputs.paired)
             reason = f"its vector exceeds what {np.dtype(self._stored)} can hold"
             return {span.start + row: reason for row in error.rows.tolist()}
         except Exception as error:
             if _is_no_texts_fault(error):
                 raise
             if span.stop - span.start == 1:
-                self._probe(error, pairs is not None)
+                self._probe(error, inputs.paired)
                 return {span.start: _reason(error)}
         failed: dict[int, str] = {}
         edges = np.unique(np.linspace(span.start, span.stop, _PARTS + 1).astype(int)).tolist()
         for part in (slice(start, stop) for start, stop in pairwise(edges)):
-            begun = self._begun(self._job(texts, pairs, part, strict=False), out.part(part))
-            failed.update(self._salvage(texts, pairs, part, out, begun))
+            begun = self._begun(self._job(inputs, part, strict=False), out.part(part))
+            failed.update(self._salvage(inputs, part, out, begun))
         return failed
 
     def _probe(self, error: Exception, paired: bool) -> None:
         """Raise the error of a text if a plain text cannot be encoded either."""
-        texts = [_PROBE]
-        out = Encoded.zeros(1, self.width, self._stored)
+        plain = _Inputs([_PROBE], [_PROBE] if paired else None)
         try:
-            self._begun(self._job(texts, texts if paired else None, slice(0, 1), strict=False), out)()
+            self._begun(self._job(plain, slice(0, 1), strict=False), self._empty(1))()
         except Exception:
             raise error from None
 
-    def _blocks(
-        self, texts: Sequence[str], pairs: Sequence[str] | None, out: Encoded, strict: bool
-    ) -> Iterator[tuple[slice, Callable[[], None]]]:
+    def _blocks(self, inputs: "_Inputs", out: Encoded, strict: bool) -> Iterator[tuple[slice, Callable[[], None]]]:
         """Blocks of texts, and what waits until the part of `out` that is theirs is filled, or raises what kept it
         from that. Meanwhile the next one is begun."""
         waiting = None
-        for span, tokenized in self._tokenized(texts, pairs, strict):
+        for span, tokenized in self._tokenized(inputs, strict):
             begun = span, self._begun(tokenized, out.part(span))
             if waiting:
                 yield waiting
@@ -183,25 +207,22 @@ class Encoder:
         if waiting:
             yield waiting
 
-    def _tokenized(
-        self, texts: Sequence[str], pairs: Sequence[str] | None, strict: bool
-    ) -> Iterator[tuple[slice, Callable[[], Tokens]]]:
+    def _tokenized(self, inputs: "_Inputs", strict: bool) -> Iterator[tuple[slice, Callable[[], Tokens]]]:
         """Blocks of texts, each tokenized while the one before is encoded."""
-        spans = _spans(texts, pairs, self.backend.block)
+        spans = _spans(inputs, self._block)
         if len(spans) < 2:  # not worth a thread
-            yield from ((span, self._job(texts, pairs, span, strict)) for span in spans)
+            yield from ((span, self._job(inputs, span, strict)) for span in spans)
             return
         with ThreadPoolExecutor(1, "bertray-tokenize") as pool:
-            jobs = [pool.submit(self._job(texts, pairs, span, strict)) for span in spans[:2]]
+            jobs = [pool.submit(self._job(inputs, span, strict)) for span in spans[:2]]
             for number, span in enumerate(spans):
                 if number + 2 < len(spans):
-                    jobs.append(pool.submit(self._job(texts, pairs, spans[number + 2], strict)))
+                    jobs.append(pool.submit(self._job(inputs, spans[number + 2], strict)))
                 yield span, jobs.pop(0).result
 
-    def _job(
-        self, texts: Sequence[str], pairs: Sequence[str] | None, span: slice, strict: bool
-    ) -> Callable[[], Tokens]:
-        return lambda: self.tokenizer(texts[span], None if pairs is None else pairs[span], strict)
+    def _job(self, inputs: "_Inputs", span: slice, strict: bool) -> Callable[[], Tokens]:
+        texts, pairs, words = inputs
+        return lambda: self.tokenizer(texts[span], pairs and pairs[span], strict, words and words[span])
 
     def _begun(self, tokenized: Callable[[], Tokens], out: Encoded) -> Callable[[], None]:
         """Begin to encode a block into `out`; what is returned waits until it is there, and raises what went wrong."""
@@ -230,25 +251,42 @@ class Encoder:
             order = order[: len(order) - skipped]
         if not len(order):
             return lambda: None
-        result = self.backend.start(tokens.take(order))
+        taken = tokens.take(order)
+        result = self.backend.start(taken)
 
         def finish() -> None:
             vectors = result()
+            vectors = vectors.reshape(len(vectors), -1)
             with np.errstate(over="ignore", invalid="ignore"):
-                if windows is None:
+                if tokens.words is not None:
+                    _to_words(vectors, taken, tokens.words, out)
+                elif windows is None:
                     out.vectors[order] = vectors
                 else:
                     rows = np.empty_like(vectors)
                     rows[order] = vectors
-                    _join(rows, windows, self._pooling, out.vectors)
-            if not np.isfinite(out.vectors).all():
-                raise _Overflow(self.backend.precision, np.flatnonzero(~np.isfinite(out.vectors).all(1)))
+                    _join(rows, windows, self.features, out.vectors)
+            if len(infinite := _infinite(out.vectors)):
+                raise _Overflow(self.backend.precision, infinite)
 
         return finish
 
 
-def _spans(texts: Sequence[str], pairs: Sequence[str] | None, block: int) -> list[slice]:
+class _Inputs(NamedTuple):
+    """Texts to encode, their pairs, and where their words are."""
+
+    texts: Sequence[str]
+    pairs: Sequence[str] | None = None
+    words: Sequence[Ints] | None = None
+
+    @property
+    def paired(self) -> bool:
+        return self.pairs is not None
+
+
+def _spans(inputs: _Inputs, block: int) -> list[slice]:
     """Blocks of so many texts, or of fewer long ones."""
+    texts, pairs, _ = inputs
     sizes = np.fromiter(map(len, texts), np.int64, len(texts))
     if pairs is not None:
         sizes += np.fromiter(map(len, pairs), np.int64, len(texts))
@@ -263,14 +301,31 @@ def _spans(texts: Sequence[str], pairs: Sequence[str] | None, block: int) -> lis
     return spans
 
 
-def _join(rows: NDArray[Any], windows: Windows, pooling: str, out: Vectors) -> None:
-    """Vectors of windows [rows, width] to those of texts [n, width]: the mean by weight, or for `max` the maximum."""
+def _join(rows: NDArray[Any], windows: Windows, features: Sequence[Feature], out: Vectors) -> None:
+    """Vectors of windows [rows, width] to those of texts [n, width]: the mean by weight, or of `max` the maximum."""
     first = windows.first
     out[:] = rows[first]
+    highest = np.repeat([feature.pooling == "max" for feature in features], rows.shape[1] // len(features))
     for text in np.flatnonzero(windows.counts > 1):
         own = slice(first[text], first[text] + windows.counts[text])
         many = rows[own].astype(np.float64)
-        out[text] = many.max(0) if pooling == "max" else np.average(many, 0, windows.weights[own])
+        out[text] = np.where(highest, many.max(0), np.average(many, 0, windows.weights[own]))
+
+
+def _to_words(vectors: NDArray[Any], taken: Tokens, words: Words, out: Encoded) -> None:
+    """Vectors of the segments of `taken` to those of the words of each text."""
+    assert taken.segments is not None
+    flat = np.zeros((len(words.spans), vectors.shape[1]), out.vectors[0].dtype)
+    flat[taken.segments.words] = vectors
+    for row, (start, stop) in enumerate(pairwise(words.edges.tolist())):
+        out.vectors[row], out.spans[row] = flat[start:stop], words.spans[start:stop]
+
+
+def _infinite(vectors: Vectors) -> Ints:
+    """The texts that have a vector that is not finite."""
+    if vectors.dtype == object:
+        return np.flatnonzero([not np.isfinite(words).all() for words in vectors])
+    return np.flatnonzero(~np.isfinite(vectors).all(1))
 
 
 def _is_no_texts_fault(error: Exception) -> bool:
@@ -294,7 +349,7 @@ def stored_dtype(precision: str) -> Any:
     return np.float32 if precision == "fp32" else np.float16
 
 
-def _load(checkpoint: Checkpoint, spec: EncoderSpec) -> Any:
+def _load(checkpoint: Checkpoint, spec: EncoderSpec, features: Sequence[Feature]) -> Any:
     """The model in float32 on the CPU, whole and fit for what the spec asks."""
     from transformers import AutoModel
     from transformers.utils import logging
@@ -313,7 +368,7 @@ def _load(checkpoint: Checkpoint, spec: EncoderSpec) -> Any:
             f"{checkpoint.name} lacks weights, such as {min(missing - pooler)}. "
             "Give a checkpoint of an encoder of BERT's family."
         )
-    if spec.pooling == "pooler" and (pooler or getattr(model, "pooler", None) is None):
+    if any(feature.pooling == "pooler" for feature in features) and (pooler or getattr(model, "pooler", None) is None):
         raise CheckpointError(f"{checkpoint.name} has no trained pooler. Set encoder.pooling to mean, cls or max.")
     limit = getattr(model.config, "max_position_embeddings", spec.max_length)
     limit -= first_position(model)

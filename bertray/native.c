@@ -18,7 +18,7 @@
 
 enum { F32, I16, I8 };                     /* precision: the logarithm of how many inputs a word of 4 bytes holds */
 enum { NONE, GELU, RELU, TANH };           /* activation */
-enum { CLS, MEAN, MAX, POOLER };           /* pooling */
+enum { FIRST, MEAN, MAX, POOLER };         /* pooling */
 enum { COLUMNS = 32, ROWS = 14 };          /* a tile of sums: what 28 of the 32 registers hold */
 enum { BLOCK = 8 * ROWS };                 /* rows that go through a linear layer together */
 enum { CHUNK = 256 };                      /* words (512 inputs of int16) whose sum surely fits an int32 */
@@ -39,7 +39,12 @@ typedef struct {
     Norm embeddings;
     Linear pooler;                          /* always F32 */
     const Layer *layer;
+    int32_t features;                       /* what is asked of each segment: */
+    const int32_t *at, *pooling;            /* [features] behind which layer, 0 being the embeddings, and how */
 } Model;
+
+/* Ranges of tokens, each to be pooled; starts is 0 where they are the texts. */
+typedef struct { long count; const int64_t *starts, *stops; } Segments;
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -302,9 +307,11 @@ static void embed(const Model *m, const int64_t *ids, const int64_t *types, cons
     add_norm(hidden, 0, offsets[texts], m->width, &m->embeddings, m->epsilon);
 }
 
-/* out [width] of a text's n hidden states. */
+/* out [width] of n hidden states, zeros of none. */
 static void pool(const float *hidden, long n, int width, int pooling, float *out) {
     const __m512 by = _mm512_set1_ps(1.0f / n);
+    if (n < 1) { memset(out, 0, width * sizeof(float)); return; }
+    if (pooling == FIRST || pooling == POOLER) n = 1;
     for (int j = 0; j < width; j += 16) {
         __m512 v = _mm512_loadu_ps(hidden + j);
         for (long i = 1; i < n; i++) {
@@ -325,19 +332,51 @@ long scratch_bytes(const Model *m, long tokens, long longest) {
     return 4 * (tokens * 5 * m->width + blocks + attention);
 }
 
-/* out [texts][width]: one vector a text, text i being tokens offsets[i] to offsets[i + 1] (one at least). */
-void encode(const Model *m, const int64_t *ids, const int64_t *types, const int64_t *offsets, long texts, int pooling,
-            float *out, float *scratch) {
+/* The features of a layer, of all segments, from its output. */
+static void pool_layer(const Model *m, int layer, const float *hidden, Segments of, float *out, float *rows, float *projected, char *quantized) {
+    const int width = m->width;
+    for (int f = 0; f < m->features; f++) {
+        if (m->at[f] != layer) continue;
+        float *to = out + (long)f * width;
+        const long stride = (long)m->features * width;
+        for (long s = 0; s < of.count; s++)
+            pool(hidden + of.starts[s] * width, of.stops[s] - of.starts[s], width, m->pooling[f], to + s * stride);
+        if (m->pooling[f] != POOLER) continue;
+        for (long start = 0; start < of.count; start += BLOCK) {
+            const long count = of.count - start < BLOCK ? of.count - start : BLOCK;
+            for (long s = 0; s < count; s++) memcpy(rows + s * width, to + (start + s) * stride, width * sizeof(float));
+            linear(F32, &m->pooler, rows, count, projected, TANH, quantized);
+            for (long s = 0; s < count; s++) memcpy(to + (start + s) * stride, projected + s * width, width * sizeof(float));
+        }
+    }
+}
+
+/* Whether of the last layer only the first state of each text is asked for. */
+static int only_first(const Model *m) {
+    for (int f = 0; f < m->features; f++)
+        if (m->at[f] == m->layers && m->pooling[f] != FIRST && m->pooling[f] != POOLER) return 0;
+    return m->layers > 0;
+}
+
+/* out [segments][features][width]. Text i is tokens offsets[i] to offsets[i + 1] (one at least), segment s tokens
+   starts[s] to stops[s]. With starts 0 the segments are the texts, and of a last layer that is asked for its first
+   states alone, only those are computed: firsts [texts + 1] counts from 0. */
+void encode(const Model *m, const int64_t *ids, const int64_t *types, const int64_t *offsets, long texts,
+            const int64_t *starts, const int64_t *stops, long segments, const int64_t *firsts, float *out, float *scratch) {
     const int width = m->width, widest = (int)larger(m->inner, width), p = m->precision;
-    const int first = pooling == CLS || pooling == POOLER; /* only [CLS] is asked for: the last layer does no more */
+    const int first = !starts && only_first(m);
+    const Segments whole = {texts, offsets, offsets + 1}, given = {segments, starts, stops};
+    Segments of = starts ? given : whole;
     long tokens = offsets[texts];
     float *hidden = scratch, *qkv = hidden + tokens * width, *context = qkv + tokens * 3 * width;
     float *inner = context + tokens * width, *projected = inner + (long)BLOCK * widest;
     char *quantized = (char *)(projected + (long)BLOCK * width);
     float *attention = (float *)(quantized + 4L * BLOCK * widest);
     embed(m, ids, types, offsets, texts, hidden);
-    for (const Layer *layer = m->layer; layer < m->layer + m->layers; layer++) {
-        const int last = first && layer == m->layer + m->layers - 1;
+    pool_layer(m, 0, hidden, of, out, inner, projected, quantized);
+    for (int number = 1; number <= m->layers; number++) {
+        const Layer *layer = m->layer + number - 1;
+        const int last = first && number == m->layers;
         for (long r = 0; r < tokens; r += BLOCK)
             linear(p, &layer->qkv, hidden + r * width, tokens - r, qkv + r * 3 * width, NONE, quantized);
         for (long t = 0; t < texts; t++) {
@@ -345,7 +384,7 @@ void encode(const Model *m, const int64_t *ids, const int64_t *types, const int6
             attend(m, qkv + start * 3 * width, (int)n, last ? 1 : (int)n, context + to * width, attention);
             if (last) memmove(hidden + t * width, hidden + start * width, width * sizeof(float));
         }
-        if (last) tokens = texts;
+        if (last) tokens = texts, of = (Segments){texts, firsts, firsts + 1};
         for (long r = 0; r < tokens; r += BLOCK) {
             const long rows = tokens - r < BLOCK ? tokens - r : BLOCK;
             float *x = hidden + r * width;
@@ -355,15 +394,6 @@ void encode(const Model *m, const int64_t *ids, const int64_t *types, const int6
             linear(p, &layer->down, inner, rows, projected, NONE, quantized);
             add_norm(x, projected, rows, width, &layer->output, m->epsilon);
         }
+        pool_layer(m, number, hidden, of, out, inner, projected, quantized);
     }
-    for (long t = 0; t < texts; t++) {
-        if (first && m->layers) memcpy(out + t * width, hidden + t * width, width * sizeof(float));
-        else pool(hidden + offsets[t] * width, first ? 1 : offsets[t + 1] - offsets[t], width, pooling, out + t * width);
-    }
-    if (pooling == POOLER)
-        for (long t = 0; t < texts; t += BLOCK) {
-            const long rows = texts - t < BLOCK ? texts - t : BLOCK;
-            linear(F32, &m->pooler, out + t * width, rows, projected, TANH, quantized);
-            memcpy(out + t * width, projected, rows * width * sizeof(float));
-        }
 }

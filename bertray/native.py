@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bertray.features import Feature
 from bertray.tokens import Tokens
 
 PRECISIONS = ("fp32", "int16", "int8")  # in the order of native.c's numbers
 _LARGEST = {"int16": 2047, "int8": 127}
 _TYPES = {"fp32": np.float32, "int16": np.int16, "int8": np.int8}
 _ACTIVATIONS = {"gelu": 1, "relu": 2}
-_POOLINGS = {"cls": 0, "mean": 1, "max": 2, "pooler": 3}
+_POOLINGS = {"cls": 0, "first": 0, "mean": 1, "max": 2, "pooler": 3}
 _COLUMNS = 32
 # Tokens that go through the layers together: few enough for a core's second cache, many enough to use each weight
 # that comes from the third often.
@@ -69,6 +70,9 @@ class _Model(ctypes.Structure):
         ("embeddings", _Norm),
         ("pooler", _Linear),
         ("layer", ctypes.POINTER(_Layer)),
+        ("features", ctypes.c_int32),
+        ("at", ctypes.c_void_p),
+        ("pooling", ctypes.c_void_p),
     ]
 
 
@@ -131,7 +135,8 @@ def _library() -> tuple[Any, str]:
         return None, f"it cannot be built: {error}"
     pointer, number = ctypes.c_void_p, ctypes.c_long
     library.scratch_bytes.argtypes, library.scratch_bytes.restype = (pointer, number, number), number
-    library.encode.argtypes = (pointer, pointer, pointer, pointer, number, ctypes.c_int, pointer, pointer)
+    texts, segments = (pointer, pointer, pointer, number), (pointer, pointer, number)
+    library.encode.argtypes = (pointer, *texts, *segments, pointer, pointer, pointer)
     library.encode.restype = None
     return library, ""
 
@@ -162,26 +167,29 @@ def _build(compiler: str, source: Path, built: Path) -> None:
 class NativeBackend:
     """An encoder whose weights are laid out for native.c, on a number of threads."""
 
-    def __init__(self, model: Any, precision: str, pooling: str, threads: int = 0) -> None:
-        """Copy a loaded model (float32, see `why_not`) into the layout and precision that native.c takes."""
+    def __init__(self, model: Any, precision: str, features: Sequence[Feature], threads: int = 0) -> None:
+        """Copy a loaded model (float32, see `why_not`) into the layout and precision that native.c takes; of its layers
+        those that the features need."""
         self.name = f"{precision} by bertray's kernels for AVX-512 VNNI"
         self.precision = precision
         self.block = BLOCK
         self.steps = 0
         self._counting = threading.Lock()
         self.width = int(model.config.hidden_size)
-        self._pooling = _POOLINGS[pooling]
+        self._features = tuple(features)
         self._library = _library()[0]
         self._arrays: list[NDArray[Any]] = []  # what the pointers below point to
-        self._layers = (_Layer * len(model.encoder.layer))(*map(self._layer, model.encoder.layer))
-        self._model = self._laid_out(model, pooling)
+        layers = model.encoder.layer[: max(feature.layer for feature in features)]
+        self._layers = (_Layer * len(layers))(*map(self._layer, layers))
+        self._model = self._laid_out(model)
         self._threads = threads or torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self._threads, "bertray-native")
         self._local = threading.local()
 
     def start(self, tokens: Tokens) -> Callable[[], NDArray[np.float32]]:
-        """Begin to encode texts sorted by falling length; what is returned waits for their vectors [n, width]."""
-        vectors = np.empty((len(tokens.lengths), self.width), np.float32)
+        """Begin to encode texts sorted by falling length; what is returned waits for the vectors of their segments
+        [m, features, width]."""
+        vectors = np.empty((tokens.edges[-1], len(self._features), self.width), np.float32)
         share = -(-len(tokens.ids) // self._threads)
         slab = min(_SLAB, max(_LEAST_SLAB, share))
         jobs = [self._pool.submit(self._encode, tokens, start, end, vectors) for start, end in tokens.packs(slab)]
@@ -194,21 +202,28 @@ class NativeBackend:
         return finish
 
     def _encode(self, tokens: Tokens, start: int, stop: int, vectors: NDArray[np.float32]) -> None:
-        offsets = tokens.offsets[start : stop + 1] - tokens.offsets[start]
         first, model = tokens.offsets[start], ctypes.byref(self._model)
+        offsets = tokens.offsets[start : stop + 1] - first
         size = self._library.scratch_bytes(model, int(offsets[-1]), int(tokens.lengths[start:stop].max()))
         scratch = getattr(self._local, "scratch", None)
         if scratch is None or scratch.nbytes < size:
             scratch = self._local.scratch = np.empty(size, np.uint8)
-        ids, types = tokens.ids[first:], tokens.types[first:]
+        ids, types, out = tokens.ids[first:], tokens.types[first:], tokens.edges[start]
+        segments = [None, None, 0]
+        if tokens.segments is not None:
+            own = slice(out, tokens.edges[stop])
+            starts, stops = tokens.segments.starts[own] - first, tokens.segments.stops[own] - first
+            segments = [starts.ctypes.data, stops.ctypes.data, len(starts)]
+        firsts = np.arange(len(offsets))
         self._library.encode(
             model,
             ids.ctypes.data,
             types.ctypes.data,
             offsets.ctypes.data,
             stop - start,
-            self._pooling,
-            vectors[start:].ctypes.data,
+            *segments,
+            firsts.ctypes.data,
+            vectors[out:].ctypes.data,
             scratch.ctypes.data,
         )
         with self._counting:
@@ -216,8 +231,9 @@ class NativeBackend:
 
     # --- layout -------------------------------------------------------------------------------------------
 
-    def _laid_out(self, model: Any, pooling: str) -> _Model:
-        config, embeddings = model.config, model.embeddings
+    def _laid_out(self, model: Any) -> _Model:
+        config, embeddings, features = model.config, model.embeddings, self._features
+        pooler = any(feature.pooling == "pooler" for feature in features)
         return _Model(
             PRECISIONS.index(self.precision),
             _ACTIVATIONS[config.hidden_act],
@@ -231,8 +247,11 @@ class NativeBackend:
             self._floats(embeddings.position_embeddings.weight),
             self._floats(embeddings.token_type_embeddings.weight),
             self._norm(embeddings.LayerNorm),
-            self._linear("fp32", model.pooler.dense) if pooling == "pooler" else _Linear(),
+            self._linear("fp32", model.pooler.dense) if pooler else _Linear(),
             self._layers,
+            len(features),
+            self._pointer(np.array([feature.layer for feature in features], np.int32)),
+            self._pointer(np.array([_POOLINGS[feature.pooling] for feature in features], np.int32)),
         )
 
     def _layer(self, layer: Any) -> _Layer:

@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from bertray.errors import SpecError
 
 Key = tuple[str | int, ...]
+Pooling = Literal["pooler", "cls", "mean", "max", "first"]
 AutoCount = Literal["auto"] | Annotated[int, Field(ge=1)]
 
 
@@ -95,8 +96,13 @@ class Encoder(Part):
         description="folder, hub name, or a model that an installed package carries",
     )
     revision: str = Field("main", description="revision of the hub model")
-    pooling: Literal["pooler", "cls", "mean", "max"] = Field(
-        "pooler", description="pooler (dense and tanh over [CLS]), [CLS] itself, or mean or max over all tokens"
+    pooling: Pooling | tuple[Pooling, ...] = Field(
+        "pooler",
+        description="pooler (dense and tanh over [CLS]), [CLS] itself, mean or max over all tokens, or several side by "
+        "side; of words their first token or the mean over theirs",
+    )
+    layers: Literal["last", "last4", "all"] | int | tuple[int, ...] = Field(
+        "last", description="layers whose states are pooled, from 0 (embeddings) up, or counted from the last by -1, -2"
     )
     max_length: int = Field(512, ge=3, description="most tokens a text may have, [CLS] and [SEP] included")
     truncation: Literal["truncate", "error", "window"] = Field(
@@ -227,7 +233,8 @@ def _words(kind: Any, metadata: Sequence[Any]) -> str:
     if get_args(kind) and get_origin(kind) is not tuple:
         return " or ".join(_words(option, ()) for option in get_args(kind))
     if get_origin(kind) is tuple:
-        return "a list of strings"
+        of = get_args(kind)[0]
+        return "a list of " + ("strings" if of is str else "numbers" if of in (int, float) else "these")
     if _is_part(kind):
         return "a mapping"
     if kind is str:

@@ -38,6 +38,33 @@ class Windows:
 
 
 @dataclass(frozen=True)
+class Segments:
+    """Ranges of tokens that become a vector each, such as the words of texts.
+
+    starts, stops: [m] places in Tokens.ids; a range may be empty.
+    edges: [n + 1] row i of Tokens has the segments edges[i] to edges[i + 1].
+    words: [m] which of Words each is: of a text in several windows every word is in one of them.
+    """
+
+    starts: Ints
+    stops: Ints
+    edges: Ints
+    words: Ints
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words of n texts: what becomes a vector each.
+
+    spans: [words, 2] where each begins and ends in its text, in characters.
+    edges: [n + 1] text i has the words edges[i] to edges[i + 1].
+    """
+
+    spans: Ints
+    edges: Ints
+
+
+@dataclass(frozen=True)
 class Tokens:
     """Token ids of n texts, one after another without padding.
 
@@ -46,6 +73,8 @@ class Tokens:
     offsets: [n + 1] text i is ids[offsets[i]:offsets[i + 1]].
     truncated: [n] whether a text was longer than allowed and lost its tail.
     windows: which rows are windows of one text; None where every row is a text of its own.
+    segments: what becomes a vector; None where that is each text whole.
+    words: what the segments are of; None where those are None.
     """
 
     ids: Ints
@@ -53,6 +82,13 @@ class Tokens:
     offsets: Ints
     truncated: NDArray[np.bool_]
     windows: Windows | None = None
+    segments: Segments | None = None
+    words: Words | None = None
+
+    @property
+    def edges(self) -> Ints:
+        """[n + 1] which of the vectors are text i's: edges[i] to edges[i + 1]."""
+        return np.arange(len(self.offsets)) if self.segments is None else self.segments.edges
 
     @property
     def lengths(self) -> Ints:
@@ -61,11 +97,14 @@ class Tokens:
 
     def take(self, rows: Ints) -> "Tokens":
         """The texts of those indices, in that order."""
-        lengths = self.lengths[rows]
-        offsets = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        places = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
-        return Tokens(self.ids[places], self.types[places], offsets, self.truncated[rows])
+        places, offsets = gathered(self.offsets, rows)
+        segments = None
+        if self.segments is not None:
+            own, edges = gathered(self.segments.edges, rows)
+            moved = np.repeat(offsets[:-1] - self.offsets[rows], np.diff(edges))
+            old = self.segments
+            segments = Segments(old.starts[own] + moved, old.stops[own] + moved, edges, old.words[own])
+        return Tokens(self.ids[places], self.types[places], offsets, self.truncated[rows], segments=segments)
 
     def pack_end(self, start: int, budget: int, equal: bool = False) -> int:
         """The text behind the last of a pack that begins with text `start`: as many as `budget` tokens hold, but
@@ -90,6 +129,73 @@ class Tokens:
             start = end
 
 
+def _with_windows(tokens: Tokens, rows: Ints, windows: list[list[Ints]], lost: NDArray[np.bool_]) -> Tokens:
+    """Tokens with some texts cut to windows.
+
+    Args:
+        rows: which texts, rising.
+        windows: of each, the places in tokens.ids of each window.
+        lost: whether each loses something.
+    """
+    counts = np.ones(len(tokens.truncated), np.int64)
+    counts[rows] = list(map(len, windows))
+    cut = _replaced(tokens, rows, counts[rows], list(itertools.chain(*windows)), np.repeat(lost, counts[rows]))
+    if tokens.segments is None:
+        return cut
+    first = np.cumsum(counts) - counts
+    segments = _in_windows(tokens, dict(zip(rows.tolist(), windows, strict=True)), cut.offsets, first)
+    return replace(cut, segments=segments, words=tokens.words)
+
+
+def _in_windows(tokens: Tokens, cut: dict[int, list[Ints]], offsets: Ints, first: Ints) -> Segments:
+    """Where segments lie once long texts are cut: each in the window in which it has most tokens around it, since there
+    its states know most. One that no window holds whole is gone.
+
+    Args:
+        tokens: before.
+        cut: for each text that was cut, the places in tokens.ids of each of its windows.
+        offsets: [rows + 1] of the rows afterwards.
+        first: [n] the row of each text's first window.
+    """
+    before = tokens.segments
+    assert before is not None
+    starts = before.starts + np.repeat(offsets[first] - tokens.offsets[:-1], np.diff(before.edges))
+    rows = np.repeat(first, np.diff(before.edges))
+    lengths, kept = before.stops - before.starts, np.ones(len(starts), bool)
+    for text, windows in cut.items():
+        for segment in range(before.edges[text], before.edges[text + 1]):
+            start, length = before.starts[segment], max(1, lengths[segment])
+            around = [_around(window, start, length) for window in windows]
+            best = int(np.argmax([least for least, _ in around]))
+            kept[segment] = around[best][0] >= 0
+            rows[segment] = first[text] + best
+            starts[segment] = offsets[rows[segment]] + around[best][1]
+    order = np.flatnonzero(kept)[np.argsort(rows[kept], kind="stable")]
+    edges = np.searchsorted(rows[order], np.arange(len(offsets)))
+    return Segments(starts[order], (starts + lengths)[order], edges, before.words[order])
+
+
+def _around(window: Ints, start: int, length: int) -> tuple[int, int]:
+    """How many tokens a window has at least on either side of those from `start` on, -1 where it lacks any of them; and
+    where in it they begin."""
+    place = int(np.searchsorted(window, start))
+    held = place + length <= len(window) and window[place] == start and window[place + length - 1] == start + length - 1
+    return (min(place, len(window) - place - length), place) if held else (-1, 0)
+
+
+def gathered(edges: Ints, rows: Ints) -> tuple[Ints, Ints]:
+    """Where the items of some texts lie, and the edges of those among themselves.
+
+    Args:
+        edges: [n + 1] text i has the items edges[i] to edges[i + 1].
+        rows: of texts, in the order wanted.
+    """
+    counts = np.diff(edges)[rows]
+    new = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum(counts, out=new[1:])
+    return np.arange(new[-1]) + np.repeat(edges[rows] - new[:-1], counts), new
+
+
 class Tokenizer:
     """The checkpoint's own fast tokenizer, with a limit on length.
 
@@ -97,11 +203,15 @@ class Tokenizer:
     it gives the same ids for a sample of the texts it meets first.
     """
 
-    def __init__(self, folder: Path, max_length: int, truncation: str = "truncate", overlap: int = 0) -> None:
+    def __init__(
+        self, folder: Path, max_length: int, truncation: str = "truncate", overlap: int = 0, part: str = "text"
+    ) -> None:
         """Load the tokenizer of a checkpoint's folder.
 
         Args:
             truncation: `truncate`, `error`, or `window`, where neighbouring windows share `overlap` tokens.
+            part: what becomes a vector: each `text` or pair; each `word` of the texts; or, of pairs, [CLS] and each
+                `token` of the second texts.
 
         Raises:
             CheckpointError: the folder has no fast tokenizer.
@@ -115,18 +225,27 @@ class Tokenizer:
             raise CheckpointError(f"{folder} has no usable tokenizer: {' '.join(str(error).split())[:200]}") from error
         if not self._tokenizer.is_fast:
             raise CheckpointError(f"{folder} has no fast tokenizer (tokenizer.json). Save one with transformers.")
-        self._fast = _nanotoken(self._tokenizer)
+        self.part = part
+        self._fast = _nanotoken(self._tokenizer) if part == "text" else None
         self._compared = False
         self.max_length, self.truncation, self.overlap = max_length, truncation, overlap
         self._frames: dict[bool, list[int]] = {}
         if truncation == "window":
             self._frame(False)
 
-    def __call__(self, texts: Sequence[str], pairs: Sequence[str] | None = None, strict: bool = True) -> Tokens:
+    def __call__(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        strict: bool = True,
+        words: Sequence[Ints] | None = None,
+    ) -> Tokens:
         """Tokenize texts, or pairs as `[CLS] a [SEP] b [SEP]`.
 
         Args:
             strict: without it, texts that are too long where that is an error come back truncated to no token at all.
+            words: for the part `word`, [words, 2] characters where each begins and ends, of each text; without them the
+                tokenizer's own words are taken.
 
         Raises:
             SourceError: a text is longer than max_length and truncation is `error`.
@@ -137,7 +256,7 @@ class Tokenizer:
             return Tokens(empty, empty, np.zeros(1, np.int64), np.zeros(0, bool))
         if self.truncation == "window":
             self._frame(pairs is not None)
-        tokens = self._whole(texts, pairs)
+        tokens = self._whole(texts, pairs, words)
         long = np.flatnonzero(tokens.lengths > self.max_length)
         if not len(long):
             return tokens
@@ -149,19 +268,41 @@ class Tokenizer:
                 f"{texts[long[0]][:60]!r} with {tokens.lengths[long[0]]}. Raise max_length, or set "
                 "encoder.truncation to truncate or window."
             )
-        return _replaced(tokens, long, np.ones_like(long), [tokens.ids[:0]] * len(long), np.ones(len(long), bool))
+        nothing = [[tokens.ids[:0]]] * len(long)
+        return _with_windows(tokens, long, nothing, np.ones(len(long), bool))
 
-    def _whole(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Tokens:
+    def _whole(self, texts: Sequence[str], pairs: Sequence[str] | None, words: Sequence[Ints] | None) -> Tokens:
         """Tokens of texts or pairs, however many."""
+        if self.part != "text":
+            return self._encode_words(texts, pairs, words)
         if self._fast is not None and not self._compared:
             self._fast = self._fast if self._agrees(texts) else None
             self._compared = True
         tokens = self._encode_fast(texts) if pairs is None else None
         return tokens or self._encode(texts, pairs)
 
+    def _encode_words(self, texts: Sequence[str], pairs: Sequence[str] | None, words: Sequence[Ints] | None) -> Tokens:
+        """Tokens with the words or tokens among them that become vectors."""
+        encoded = self._call(texts, pairs)
+        tokens = _tokens(encoded)
+        owners = pairs if self.part == "token" and pairs is not None else texts
+        found = [
+            _words_of(encoded.encodings[i], owner, self.part, None if words is None else words[i])
+            for i, owner in enumerate(owners)
+        ]
+        edges = np.zeros(len(found) + 1, np.int64)
+        np.cumsum([len(spans) for spans, _ in found], out=edges[1:])
+        shifts = np.repeat(tokens.offsets[:-1], np.diff(edges))
+        places = np.concatenate([places for _, places in found]) + shifts[:, None]
+        segments = Segments(places[:, 0], places[:, 1], edges, np.arange(edges[-1]))
+        return replace(tokens, segments=segments, words=Words(np.concatenate([spans for spans, _ in found]), edges))
+
     def _encode(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Tokens:
+        return _tokens(self._call(texts, pairs))
+
+    def _call(self, texts: Sequence[str], pairs: Sequence[str] | None) -> Any:
         try:
-            encoded = self._tokenizer(
+            return self._tokenizer(
                 list(texts),
                 list(pairs) if pairs is not None else None,
                 verbose=False,
@@ -172,10 +313,6 @@ class Tokenizer:
             for text in (*texts, *(pairs or ())):
                 text.encode()
             raise
-        offsets = np.zeros(len(texts) + 1, np.int64)
-        np.cumsum([len(row) for row in encoded["input_ids"]], out=offsets[1:])
-        ids, types = (_flat(encoded[name], int(offsets[-1])) for name in ("input_ids", "token_type_ids"))
-        return Tokens(ids, types, offsets, np.zeros(len(texts), bool))
 
     def _encode_fast(self, texts: Sequence[str]) -> Tokens | None:
         """What nanotoken makes of texts; None where it is not there or cannot."""
@@ -210,14 +347,12 @@ class Tokenizer:
             self._windows(np.arange(tokens.offsets[row], tokens.offsets[row + 1]), frame, head)
             for row, head in zip(rows, heads, strict=True)
         ]
-        counts = np.array([len(windows) for windows, _ in found])
-        lost = np.repeat([cut for _, cut in found], counts)
-        cut = _replaced(tokens, rows, counts, [window for windows, _ in found for window in windows], lost)
+        cut = _with_windows(tokens, rows, [windows for windows, _ in found], np.array([lost for _, lost in found]))
         if self.truncation != "window":
             return cut
-        all_counts = np.ones(len(texts), np.int64)
-        all_counts[rows] = counts
-        return replace(cut, windows=Windows(all_counts, cut.lengths - sum(frame)))
+        counts = np.ones(len(texts), np.int64)
+        counts[rows] = [len(windows) for windows, _ in found]
+        return replace(cut, windows=Windows(counts, cut.lengths - sum(frame)))
 
     def _windows(self, places: Ints, frame: list[int], head: int) -> tuple[list[Ints], bool]:
         """The windows of a row that is too long, as places of ids, and whether something is in none of them.
@@ -305,6 +440,49 @@ def _replaced(tokens: Tokens, rows: Ints, counts: Ints, places: list[Ints], trun
     order = np.repeat(np.arange(texts), repeats)
     order[np.isin(order, rows)] = texts + np.arange(len(places))
     return both.take(order)
+
+
+def _tokens(encoded: Any) -> Tokens:
+    """What Hugging Face's tokenizer gives, flat."""
+    rows = encoded["input_ids"]
+    offsets = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    ids, types = (_flat(encoded[name], int(offsets[-1])) for name in ("input_ids", "token_type_ids"))
+    return Tokens(ids, types, offsets, np.zeros(len(rows), bool))
+
+
+def _words_of(encoding: Any, text: str, part: str, given: Ints | None) -> tuple[Ints, Ints]:
+    """The words of a text [words, 2] in characters, and in tokens [words, 2] of its row.
+
+    Args:
+        part: `word`, or `token` for [CLS] and each token of the second text.
+        given: where the words are, if that is known.
+    """
+    owner = 1 if part == "token" else 0
+    own = np.array([i for i, sequence in enumerate(encoding.sequence_ids) if sequence == owner], np.int64)
+    spans = np.array([_stripped(text, *encoding.offsets[i]) for i in own.tolist()], np.int64).reshape(-1, 2)
+    if part == "token":
+        return np.vstack([np.zeros((1, 2), np.int64), spans]), np.vstack([[[0, 1]], np.stack([own, own + 1], 1)])
+    if given is None:
+        numbers = np.array([encoding.word_ids[i] for i in own.tolist()], np.int64)
+        kept = spans[:, 0] < spans[:, 1]
+    else:
+        numbers = np.searchsorted(given[:, 0], spans[:, 0], side="right") - 1
+        kept = spans[:, 0] < np.append(given[:, 1], 0)[numbers]  # -1, before the first word, takes the 0
+    own, spans, numbers = own[kept], spans[kept], numbers[kept]
+    found, first = np.unique(numbers, return_index=True)
+    last = np.append(first[1:], len(numbers)) - 1
+    if given is None:
+        return np.stack([spans[first, 0], spans[last, 1]], 1), np.stack([own[first], own[last] + 1], 1)
+    places = np.zeros_like(given)  # a word that the tokenizer makes nothing of has no tokens
+    places[found] = np.stack([own[first], own[last] + 1], 1)
+    return given, places
+
+
+def _stripped(text: str, start: int, stop: int) -> tuple[int, int]:
+    """A range of characters without the white space at its ends, which some tokenizers count in."""
+    piece = text[start:stop]
+    return start + len(piece) - len(piece.lstrip()), stop - (len(piece) - len(piece.rstrip()) if piece.strip() else 0)
 
 
 def _nanotoken(tokenizer: Any) -> Any:

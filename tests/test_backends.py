@@ -1,6 +1,8 @@
 """What runs the layers: each family and each way of packing gives what plain transformers gives."""
 
 import copy
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from transformers import ModernBertModel
 from bertray import backends, native
 from bertray.backends import POOLINGS, TorchBackend, VarlenBackend
 from bertray.errors import CheckpointError
-from bertray.tokens import Tokens
+from bertray.features import Feature, features
+from bertray.tokens import Segments, Tokens
 
 LENGTHS = [70, 33, 33, 32, 17, 16, 15, 5, 2, 1]
 
@@ -51,51 +54,88 @@ def tokens_of(lengths, vocabulary=200):
     return Tokens(ids, np.zeros_like(ids), offsets, np.zeros(len(lengths), bool))
 
 
-def one_at_a_time(model, tokens, pooling):
+def one_at_a_time(model, tokens, features):
+    """[m, features, width] by plain transformers."""
     rows = []
-    for start, stop in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True):
+    for text, (start, stop) in enumerate(pairwise(tokens.offsets)):
         with torch.inference_mode():
-            output = model(input_ids=torch.from_numpy(tokens.ids[None, start:stop]))
-        hidden = output.last_hidden_state[0]
-        by_name = {"cls": hidden[0], "mean": hidden.mean(0), "max": hidden.amax(0)}
-        rows.append(output.pooler_output[0] if pooling == "pooler" else by_name[pooling])
+            output = model(input_ids=torch.from_numpy(tokens.ids[None, start:stop]), output_hidden_states=True)
+        parts = [(0, stop - start)]
+        if tokens.segments is not None:
+            own = slice(tokens.edges[text], tokens.edges[text + 1])
+            parts = zip(tokens.segments.starts[own] - start, tokens.segments.stops[own] - start, strict=True)
+        for first, last in parts:
+            rows.append(torch.stack([pooled(output, feature, first, last) for feature in features]))
     return torch.stack(rows).numpy()
 
 
-@pytest.fixture(params=POOLINGS)
-def pooling(request, model):
-    if request.param == "pooler" and getattr(model, "pooler", None) is None:
+def pooled(output, feature, first, last):
+    hidden = output.hidden_states[feature.layer][0, first:last]
+    if not len(hidden):
+        return torch.zeros(hidden.shape[-1])
+    by_name = {"cls": hidden[0], "first": hidden[0], "mean": hidden.mean(0), "max": hidden.amax(0)}
+    return output.pooler_output[0] if feature.pooling == "pooler" else by_name[feature.pooling]
+
+
+def in_words(tokens):
+    """The same texts, to be pooled by made-up words: of one token or several, some of none, not all tokens covered."""
+    starts, stops, edges = [], [], [0]
+    for start, stop in pairwise(tokens.offsets):
+        place = start + 1
+        while place < stop:
+            length = place % 4
+            starts.append(place)
+            stops.append(min(place + length, stop))
+            place += max(1, length)
+        edges.append(len(starts))
+    return replace(tokens, segments=Segments(*map(np.array, (starts, stops, edges))))
+
+
+MEAN = features("mean", "last", 2)
+MIXED = (*features(["max", "cls", "mean"], "all", 2), Feature("pooler", 2))
+
+
+@pytest.fixture(params=[*((Feature(pooling, 2),) for pooling in POOLINGS), (Feature("cls", 1),), MIXED], ids=str)
+def wanted(request, model):
+    if Feature("pooler", 2) in request.param and getattr(model, "pooler", None) is None:
         pytest.skip(f"{type(model).__name__} has no pooler")
     return request.param
 
 
-def test_groups_of_one_length(model, pooling):
-    tokens = tokens_of(LENGTHS)
-    vectors = TorchBackend(model, "fp32", pooling, "cpu").start(tokens)()
-    np.testing.assert_allclose(vectors, one_at_a_time(model, tokens, pooling), atol=1e-5)
+@pytest.fixture(params=["texts", "words"])
+def tokens(request, wanted):
+    if request.param == "words" and Feature("pooler", 2) in wanted:
+        pytest.skip("the pooler is for texts")
+    return tokens_of(LENGTHS) if request.param == "texts" else in_words(tokens_of(LENGTHS))
 
 
-def test_packed_without_padding(model, pooling):
+def test_groups_of_one_length(model, wanted, tokens):
+    vectors = TorchBackend(model, "fp32", wanted, "cpu").start(tokens)()
+    np.testing.assert_allclose(vectors, one_at_a_time(model, tokens, wanted), atol=1e-5)
+
+
+def test_packed_without_padding(model, wanted, tokens):
     """The layout that CUDA gets, with attention text by text in place of its kernel."""
-    tokens = tokens_of(LENGTHS)
     if "window" in (reason := backends._why_not_varlen(model)):
         assert isinstance(model, ModernBertModel)
         pytest.skip(reason)
-    backend = VarlenBackend(copy.deepcopy(model), "fp32", pooling, "cpu")
+    backend = VarlenBackend(copy.deepcopy(model), "fp32", wanted, "cpu")
     for budget in (4096, 50, 1):
         backend.budget = budget
-        np.testing.assert_allclose(backend.start(tokens)(), one_at_a_time(model, tokens, pooling), atol=1e-5)
+        np.testing.assert_allclose(backend.start(tokens)(), one_at_a_time(model, tokens, wanted), atol=1e-5)
 
 
 @pytest.mark.parametrize(("precision", "least"), [("fp32", 0.999999), ("int16", 0.9999), ("int8", 0.99)])
-def test_native(model, pooling, precision, least):
+def test_native(model, wanted, tokens, precision, least):
     if reason := native.why_not(model):
         pytest.skip(reason)
-    tokens = tokens_of(LENGTHS)
-    backend = native.NativeBackend(model, precision, pooling, threads=3)
-    vectors = backend.start(tokens)()
-    assert backends._least_cosine(vectors, one_at_a_time(model, tokens, pooling)) > least
-    np.testing.assert_array_equal(vectors, native.NativeBackend(model, precision, pooling, threads=1).start(tokens)())
+    vectors = native.NativeBackend(model, precision, wanted, threads=3).start(tokens)()
+    expected = one_at_a_time(model, tokens, wanted)
+    empty = ~expected.any(-1)
+    assert not vectors[empty].any()
+    assert backends._least_cosine(vectors[~empty], expected[~empty]) > least
+    again = native.NativeBackend(model, precision, wanted, threads=1).start(tokens)()
+    np.testing.assert_array_equal(vectors, again)
 
 
 @pytest.fixture
@@ -120,9 +160,9 @@ class Cramped(torch.nn.Module):
 
 def test_out_of_memory_halves_the_packs_and_goes_on(small, caplog):
     tokens = tokens_of([20] * 40 + [6] * 40)
-    backend = TorchBackend(Cramped(small, 150), "fp32", "mean", "cpu")
+    backend = TorchBackend(Cramped(small, 150), "fp32", MEAN, "cpu")
     backend.budget = 1000
-    np.testing.assert_allclose(backend.start(tokens)(), one_at_a_time(small, tokens, "mean"), atol=1e-5)
+    np.testing.assert_allclose(backend.start(tokens)(), one_at_a_time(small, tokens, MEAN), atol=1e-5)
     assert 75 <= backend.budget <= 150  # remembered
     caplog.clear()
     backend.start(tokens)()
@@ -132,9 +172,9 @@ def test_out_of_memory_halves_the_packs_and_goes_on(small, caplog):
 
 
 def test_auto_is_never_far_from_fp32(small):
-    backend = backends.choose(small, "auto", "mean", "cpu")
+    backend = backends.choose(small, "auto", MEAN, "cpu")
     tokens = tokens_of(LENGTHS)
-    assert backends._least_cosine(backend.start(tokens)(), one_at_a_time(small, tokens, "mean")) > 0.999
+    assert backends._least_cosine(backend.start(tokens)(), one_at_a_time(small, tokens, MEAN)) > 0.999
 
 
 def test_a_backend_that_differs_is_not_used(small, monkeypatch, caplog):
@@ -148,14 +188,14 @@ def test_a_backend_that_differs_is_not_used(small, monkeypatch, caplog):
     monkeypatch.setattr(
         backends,
         "_build",
-        lambda model, precision, pooling, *rest: (
-            Wrong(model, "bf16", pooling, "cpu") if precision == "bf16" else right(model, precision, pooling, *rest)
+        lambda model, precision, features, *rest: (
+            Wrong(model, "bf16", features, "cpu") if precision == "bf16" else right(model, precision, features, *rest)
         ),
     )
-    assert backends.choose(small, "auto", "mean", "cpu").precision == "fp32"
+    assert backends.choose(small, "auto", MEAN, "cpu").precision == "fp32"
     assert "is not used" in caplog.text
     with pytest.raises(CheckpointError, match="precision bf16 gives other vectors than fp32"):
-        backends.choose(small, "bf16", "mean", "cpu")
+        backends.choose(small, "bf16", MEAN, "cpu")
 
 
 @pytest.fixture
@@ -170,10 +210,10 @@ def afresh():
 
 def test_another_processor_gets_torch(small, monkeypatch):
     monkeypatch.setattr(native, "_cpu_flags", lambda: frozenset({"avx2", "fma"}))
-    assert isinstance(backends.choose(small, "fp32", "mean", "cpu"), TorchBackend)
-    assert isinstance(backends.choose(small, "auto", "mean", "cpu"), TorchBackend)
+    assert isinstance(backends.choose(small, "fp32", MEAN, "cpu"), TorchBackend)
+    assert isinstance(backends.choose(small, "auto", MEAN, "cpu"), TorchBackend)
     with pytest.raises(CheckpointError, match=r"precision int8 cannot be had here: this processor has no avx512.*auto"):
-        backends.choose(small, "int8", "mean", "cpu")
+        backends.choose(small, "int8", MEAN, "cpu")
 
 
 def test_without_a_compiler_torch_is_used(small, monkeypatch, afresh):
@@ -182,7 +222,7 @@ def test_without_a_compiler_torch_is_used(small, monkeypatch, afresh):
     native._library.cache_clear()
     monkeypatch.setenv("PATH", "")
     assert native.why_not(small) == "there is no C compiler (cc)"
-    assert isinstance(backends.choose(small, "auto", "mean", "cpu"), TorchBackend)
+    assert isinstance(backends.choose(small, "auto", MEAN, "cpu"), TorchBackend)
 
 
 def test_a_compiler_that_fails_says_so(small, monkeypatch, afresh, tmp_path):

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from bertray.backends import POOLINGS
 from bertray.checkpoints import find
 from bertray.encoder import Encoder
 from bertray.errors import CheckpointError, SourceError
 from bertray.native import NativeBackend
 from bertray.spec import Encoder as EncoderSpec
+
+POOLINGS = ("pooler", "cls", "mean", "max")
 
 
 def cosine(a, b):
@@ -268,11 +269,11 @@ def test_a_text_of_megabytes_has_one_vector(tiny):
 
 
 def test_blocks_of_long_texts_hold_fewer():
-    from bertray.encoder import _spans
+    from bertray.encoder import _Inputs, _spans
 
     texts = ["x" * 10_000, "y", "z" * 3000, *["short"] * 20]
     for pairs in (None, [""] * len(texts)):
-        spans = [(span.start, span.stop) for span in _spans(texts, pairs, 4)]
+        spans = [(span.start, span.stop) for span in _spans(_Inputs(texts, pairs), 4)]
         assert spans == [(0, 1), (1, 5), (5, 9), (9, 13), (13, 17), (17, 21), (21, 23)]
     assert _spans([], None, 4) == []
 
@@ -447,3 +448,99 @@ def test_steps_grow_with_every_pack(tiny, precision):
         encoder.encode(short_texts(3000))
         seen.append(encoder.steps)
     assert all(b - a > 6 for a, b in pairwise(seen))
+
+
+def test_every_layer_is_that_of_transformers(minilm, texts):
+    from transformers import AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(minilm.folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(minilm.folder)
+    encoder = Encoder(minilm, EncoderSpec(pooling=("mean", "cls"), layers="all", precision="fp32"))
+    assert [str(feature) for feature in encoder.features[:3]] == ["mean_0", "cls_0", "mean_1"]
+    vectors = encoder.encode(texts[:12]).vectors.reshape(12, 7, 2, 384)
+    for text, row in zip(texts, vectors, strict=False):
+        with torch.no_grad():
+            states = model(
+                **tokenizer(text, return_tensors="pt", truncation=True, max_length=512), output_hidden_states=True
+            ).hidden_states
+        expected = torch.stack([torch.stack([layer[0].mean(0), layer[0, 0]]) for layer in states]).numpy()
+        np.testing.assert_allclose(row, expected, atol=2e-4)
+    fourth = Encoder(minilm, EncoderSpec(pooling="mean", layers=-3, precision="fp32")).encode(texts[:12]).vectors
+    np.testing.assert_array_equal(fourth, vectors[:, 4, 0])
+
+
+SENTENCE = "Marie-Anne flew to  Nairobi, naïvely."
+
+
+def by_transformers(minilm, text, pair=None, layer=6):
+    """Of plain transformers, states [tokens, width] and offsets of a text."""
+    from transformers import AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(minilm.folder, dtype=torch.float32).eval()
+    inputs = AutoTokenizer.from_pretrained(minilm.folder)(text, pair, return_tensors="pt", return_offsets_mapping=True)
+    offsets = inputs.pop("offset_mapping")[0].tolist()
+    with torch.no_grad():
+        return model(**inputs, output_hidden_states=True).hidden_states[layer][0].numpy(), offsets, inputs
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_words_that_are_given(minilm, pooling):
+    spec = EncoderSpec(pooling=pooling, layers=4, precision="fp32")
+    encoder = Encoder(minilm, spec, part="word")
+    spans = np.array([[0, 10], [11, 15], [16, 18], [20, 28], [29, 36]])
+    encoded = encoder.encode(["", SENTENCE], words=[np.zeros((0, 2), int), spans])
+    assert [words.shape for words in encoded.vectors] == [(0, 384), (5, 384)]
+    np.testing.assert_array_equal(encoded.spans[1], spans)
+    states, offsets, _ = by_transformers(minilm, SENTENCE, layer=4)
+    for (start, stop), vector in zip(spans, encoded.vectors[1], strict=True):
+        own = [i for i, (a, b) in enumerate(offsets) if start <= a < b <= stop]
+        expected = states[own[0]] if pooling == "first" else states[own].mean(0)
+        np.testing.assert_allclose(vector, expected, atol=1e-4)
+
+
+def test_words_of_the_tokenizers_own(minilm):
+    encoder = Encoder(minilm, EncoderSpec(pooling="mean"), part="word")
+    encoded = encoder.encode([SENTENCE], ["a context that has words too"])
+    words = [SENTENCE[start:stop] for start, stop in encoded.spans[0]]
+    assert words == ["Marie", "-", "Anne", "flew", "to", "Nairobi", ",", "naïvely", "."]
+    alone = encoder.encode([SENTENCE])
+    assert cosine(encoded.vectors[0], alone.vectors[0]).max() < 0.9999  # the context is seen
+
+
+def test_tokens_of_a_context(minilm):
+    encoder = Encoder(minilm, EncoderSpec(pooling="first", precision="fp32"), part="token")
+    encoded = encoder.encode(["Who flew?"], [SENTENCE])
+    states, offsets, inputs = by_transformers(minilm, "Who flew?", SENTENCE)
+    own = [0, *(i for i, kind in enumerate(inputs["token_type_ids"][0].tolist()) if kind)][:-1]
+    np.testing.assert_allclose(encoded.vectors[0], states[own], atol=1e-4)
+    np.testing.assert_array_equal(encoded.spans[0][1:], [offsets[i] for i in own[1:]])
+
+
+def test_words_of_long_texts_are_taken_where_most_is_around_them(minilm):
+    text = " ".join(np.random.default_rng(0).choice(["cat", "naïvely", "xylophonists", "the"], 300))
+    spec = EncoderSpec(pooling="mean", precision="fp32", max_length=64, truncation="window", overlap=20)
+    encoded = Encoder(minilm, spec, part="word").encode(["the cat", text, ""])
+    assert [len(words) for words in encoded.vectors] == [2, 300, 0]
+    assert encoded.windows[1] > 5
+    assert all(words.any(1).all() for words in encoded.vectors)
+    assert [text[a:b] for a, b in encoded.spans[1]] == text.split()
+    whole = Encoder(minilm, EncoderSpec(pooling="mean", precision="fp32", max_length=512), part="word").encode([text])
+    assert cosine(encoded.vectors[1], whole.vectors[0]).mean() > 0.7
+    cut = Encoder(minilm, spec.model_copy(update={"truncation": "truncate"}), part="word").encode(["the cat", text])
+    there = cut.vectors[1].any(1)
+    assert 10 < there.sum() < 64
+    assert there[: there.sum()].all()  # what was cut off has zeros
+    assert cut.truncated.tolist() == [False, True]
+    refused, failed = Encoder(minilm, spec.model_copy(update={"truncation": "error"}), part="word").encode_rows(
+        ["the cat", text, "the"]
+    )
+    assert failed == {1: "longer than 64 tokens"}
+    assert [len(words) for words in refused.vectors] == [2, 0, 1]
+
+
+def test_words_do_not_depend_on_what_is_encoded_beside(minilm):
+    texts = ["the cat sat", "a  dog", "", "Nairobi is far away from here", "x"] * 130
+    encoder = Encoder(minilm, EncoderSpec(pooling=("first", "mean"), layers="last4", precision="int16"), part="word")
+    together = encoder.encode(texts)
+    for row in (0, 1, 2, 3, 517):
+        np.testing.assert_array_equal(together.vectors[row], encoder.encode([texts[row]]).vectors[0])

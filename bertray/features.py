@@ -1,0 +1,58 @@
+"""Features: which states of which layers a vector consists of. Names only: computes nothing.
+
+A feature is written POOLING_LAYER: `mean_6` is the mean over the tokens of the sixth layer's output, `cls_0` what the
+embeddings give [CLS]. A vector is one feature or several side by side.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from bertray.errors import SpecError
+
+_LAST4 = 4
+
+
+class Feature(NamedTuple):
+    """pooling: how the states of a text or a word become one; layer: behind which layer, 0 being the embeddings."""
+
+    pooling: str
+    layer: int
+
+    def __str__(self) -> str:
+        return f"{self.pooling}_{self.layer}"
+
+
+def parse(name: str) -> Feature:
+    """The feature of that name."""
+    pooling, _, layer = name.rpartition("_")
+    return Feature(pooling, int(layer))
+
+
+def numbers(layers: str | int | Sequence[int], count: int) -> tuple[int, ...]:
+    """The layers that `last`, `last4`, `all`, a number or a list of numbers means, rising; negative ones count from the
+    last.
+
+    Args:
+        count: of layers above the embeddings, which are layer 0.
+
+    Raises:
+        SpecError: there is no such layer.
+    """
+    if isinstance(layers, str):
+        return {
+            "last": (count,),
+            "last4": tuple(range(max(0, count - _LAST4 + 1), count + 1)),
+            "all": tuple(range(count + 1)),
+        }[layers]
+    wanted = [layers] if isinstance(layers, int) else layers
+    for layer in wanted:
+        if not -count - 1 <= layer <= count:
+            raise SpecError(f"encoder.layers must be from 0 (embeddings) to {count} here. Got {layer} instead.")
+    return tuple(sorted({layer % (count + 1) for layer in wanted}))
+
+
+def features(poolings: str | Sequence[str], layers: str | int | Sequence[int], count: int) -> tuple[Feature, ...]:
+    """Those poolings of those layers, by layer. The pooler is trained on the last layer, and goes with no other."""
+    names = [poolings] if isinstance(poolings, str) else list(dict.fromkeys(poolings))
+    found = [Feature(name, layer) for layer in numbers(layers, count) for name in names if name != "pooler"]
+    return (*found, *([Feature("pooler", count)] if "pooler" in names else []))
