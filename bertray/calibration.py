@@ -52,7 +52,7 @@ def reliability(confidence: Floats, correct: Flags, bins: int = 15) -> Reliabili
     return Reliability(
         np.bincount(place, minlength=bins),
         np.bincount(place, confidence, bins).astype(np.float64),
-        np.bincount(place[correct], minlength=bins),
+        np.bincount(place, correct, bins).astype(np.int64),
     )
 
 
@@ -166,5 +166,5 @@ def _answered(confidence: Floats, correct: Flags) -> tuple[NDArray[np.float64], 
     known = ~np.isnan(confidence)
     threshold, place = np.unique(confidence[known], return_inverse=True)
     rows = np.bincount(place, minlength=len(threshold))
-    hits = np.bincount(place[correct[known]], minlength=len(threshold))
+    hits = np.bincount(place, correct[known], len(threshold)).astype(np.int64)
     return threshold.astype(np.float64), rows[::-1].cumsum()[::-1], hits[::-1].cumsum()[::-1]

@@ -69,7 +69,7 @@ def auroc(scores: NDArray[np.floating], positive: Flags) -> float:
     hits = int(np.count_nonzero(positive))
     if not 0 < hits < len(scores):
         return float("nan")
-    above = _ranks(scores)[positive].sum() - hits * (hits + 1) / 2
+    above = _ranks(scores) @ positive - hits * (hits + 1) / 2
     return float(above / hits / (len(scores) - hits))
 
 
@@ -115,7 +115,7 @@ def per_label(counts: Counts) -> dict[str, NDArray[np.float64]]:
 
 def micro(counts: Counts) -> dict[str, float]:
     """precision, recall and f1 of the counts [labels, 3] of all labels together."""
-    return macro(counts.sum(0, keepdims=True))
+    return macro(counts.sum(0, keepdims=True))  # of one label the mean is its own
 
 
 def macro(counts: Counts) -> dict[str, float]:

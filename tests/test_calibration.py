@@ -34,6 +34,7 @@ def test_reliability_by_hand():
     assert found.confidence.tolist() == pytest.approx([0.25, 3.21 / 4])
     assert found.accuracy.tolist() == [0.5, 0.75]
     assert found.ece == pytest.approx((abs(1 - 0.5) + abs(3 - 3.21)) / 6)
+    assert calibration.reliability(confidence, correct.astype(int), 2).ece == found.ece
 
 
 def test_reliability_of_parts_adds_up():

@@ -55,6 +55,7 @@ def test_auroc_by_hand():
     yes, no = True, False
     assert metrics.auroc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([no, no, yes, yes])) == 0.75
     assert metrics.auroc(np.array([1.0, 1.0, 1.0]), np.array([no, yes, yes])) == 0.5
+    assert metrics.auroc(np.array([2.0, 1.0, 3.0]), np.array([0, 1, 1])) == 0.5  # flags as numbers
 
 
 @pytest.mark.parametrize("positive", [[], [True, True], [False, False]])
