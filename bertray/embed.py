@@ -28,7 +28,8 @@ from bertray.sources import Unit
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import RaySizes, fingerprint
 from bertray.splits import Split, plan_of
-from bertray.store import Attempt, Manifest, Receipt, Store, with_vectors
+from bertray.store import Attempt, Manifest, Receipt, Store
+from bertray.vectors import with_vectors
 from bertray.worker import UNITS_AT_ONCE, Job, UnitEncoder
 
 _FAILURES = 3  # of the whole pipeline, one after another without a unit done in between
@@ -41,7 +42,7 @@ def embed(
     checkpoint: Checkpoint,
     sizes: RaySizes,
     label_names: tuple[str, ...] = (),
-    finish: Callable[[pa.Table, Any], pa.Table] = with_vectors,
+    finish: Callable[[pa.Table, Any, Sequence[str]], pa.Table] = with_vectors,
     ready: Callable[[float], None] = lambda seconds: None,
     max_rejects: float = 1.0,
     run: str = "",
@@ -50,7 +51,7 @@ def embed(
 
     Args:
         label_names: what labels have to be; empty takes any.
-        finish: from a unit's rows and their vectors to the table that its shard holds.
+        finish: from a unit's rows, what the encoder gave them and its features to the table that its shard holds.
         ready: is told after how many seconds the first encoder process was ready, if one was started.
         max_rejects: rows of a split that may be set aside: a count, or a share if it is a float.
         run: tells this run's attempts from those of others.

@@ -86,8 +86,8 @@ class Encoder:
         Args:
             device: `cpu` or `cuda` (the first one this process sees).
             threads: CPU threads to compute with; 0 leaves torch's default.
-            part: what becomes a vector: each `text` or pair; each `word` of the texts; or, of pairs, [CLS] and each
-                `token` of the second texts.
+            part: what becomes a vector: each `text` or pair; each `word` of the texts; or, of pairs, the first text
+                whole, [CLS], and each `token` of the second text.
 
         Raises:
             CheckpointError: the checkpoint lacks what the spec asks of it.

@@ -5,7 +5,7 @@ embeddings give [CLS]. A vector is one feature or several side by side.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bertray.errors import SpecError
 
@@ -56,3 +56,16 @@ def features(poolings: str | Sequence[str], layers: str | int | Sequence[int], c
     names = [poolings] if isinstance(poolings, str) else list(dict.fromkeys(poolings))
     found = [Feature(name, layer) for layer in numbers(layers, count) for name in names if name != "pooler"]
     return (*found, *([Feature("pooler", count)] if "pooler" in names else []))
+
+
+def related(u: Any, v: Any, pair: bool = True) -> Any:
+    """What a head sees of two vectors [n, width], side by side: of a pair of texts u, v, abs(u - v) and u * v (Conneau et
+    al. 2017); of a token u and its question v, u and u * v. For arrays and tensors."""
+    parts = (u, v, abs(u - v), u * v) if pair else (u, u * v)
+    if hasattr(u, "numpy"):
+        import torch
+
+        return torch.cat(parts, 1)
+    import numpy as np
+
+    return np.concatenate(parts, 1)

@@ -71,8 +71,12 @@ def format_of(name: str) -> str:
     return EXTENSIONS.get(steps[-1], "") if steps else ""
 
 
-def open_rows(url: str, format: str, columns: Sequence[str]) -> "Rows":
-    """The rows of a file, at its start. `columns` are the names to read; other columns are not touched.
+def open_rows(url: str, format: str, columns: Sequence[str], nested: Sequence[str] = ()) -> "Rows":
+    """The rows of a file, at its start.
+
+    Args:
+        columns: the names to read; other columns are not touched.
+        nested: those of them whose cells may hold lists or objects: each cell comes as JSON.
 
     Raises:
         SourceError: the file is missing, is not of that format, or lacks a column.
@@ -81,7 +85,7 @@ def open_rows(url: str, format: str, columns: Sequence[str]) -> "Rows":
     if format == "json" and not _is_array(location):
         format = "jsonl"  # most files named .json hold JSON Lines
     with reading(url):
-        return _KINDS[format](location, tuple(columns))
+        return _KINDS[format](location, tuple(columns), frozenset(nested))
 
 
 @contextmanager
@@ -108,9 +112,9 @@ class Rows(ABC):
 
     groups: tuple[int, ...] = ()
 
-    def __init__(self, location: Location, columns: tuple[str, ...]) -> None:
+    def __init__(self, location: Location, columns: tuple[str, ...], nested: frozenset[str] = frozenset()) -> None:
         self.url = location.url
-        self.columns = columns
+        self.columns, self.nested = columns, nested
         self.position = 0
         self.odd: list[Odd] = []
         self._open(location)
@@ -189,7 +193,10 @@ class _Batches(Rows):
         while taken < rows and (batch := self._next(rows - taken)) is not None:
             taken += batch.num_rows
             batches.append(batch.select(self.columns))
-        return pa.Table.from_batches(batches) if batches else pa.table({column: [] for column in self.columns})
+        table = pa.Table.from_batches(batches) if batches else pa.table({column: [] for column in self.columns})
+        for name in self.nested:
+            table = table.set_column(table.column_names.index(name), name, as_json(table[name].to_pylist()))
+        return table
 
 
 class _Parquet(_Batches):
@@ -424,9 +431,18 @@ def _from_records(records: list[Any], rows: Rows) -> pa.Table:
             records[row] = {}
     if rows.position == 0 and (names := list(dict.fromkeys(key for record in records for key in record))):
         rows._check_columns(names)
+    cells = {column: [record.get(column) for record in records] for column in rows.columns}
     return pa.table(
-        {column: _array([record.get(column) for record in records], column, rows.odd) for column in rows.columns}
+        {
+            column: as_json(values) if column in rows.nested else _array(values, column, rows.odd)
+            for column, values in cells.items()
+        }
     )
+
+
+def as_json(values: Sequence[Any]) -> pa.Array:
+    """Cells as JSON, null where there is nothing."""
+    return pa.array([None if value is None else json.dumps(value, default=str) for value in values], pa.string())
 
 
 def _array(values: list[Any], column: str, odd: list[Odd]) -> pa.Array:

@@ -1,10 +1,14 @@
 """Labels: from what a data set writes (names or numbers) to class indices. Pure functions."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bertray.annotations import Ints, answers_of
 from bertray.errors import SourceError
 
 
@@ -63,6 +67,49 @@ def index(distinct: Iterable[str], names: Sequence[str]) -> dict[str, int]:
 def to_classes(labels: Sequence[str], classes: Mapping[str, int]) -> NDArray[np.int64]:
     """[n] class index of each label."""
     return np.fromiter((classes[label] for label in labels), np.int64, len(labels))
+
+
+def targets(
+    form: str, labels: Sequence[str], classes: Mapping[str, int], outputs: int, edges: Ints | None, spans: Ints | None
+) -> NDArray[Any]:
+    """What labels ask of a head.
+
+    Args:
+        labels: n, as they are kept (see `annotations`).
+        classes: class index of each name.
+        edges: [n + 1], spans: [words, 2] of words, where those have vectors.
+
+    Returns:
+        name: [n] classes. names: [n, outputs] of 0 and 1. number: [n, 1]. tokens: [words] classes. answers: [tokens, 2]
+        how the start and the end of the answers of a question are spread over its tokens; 1 at [CLS], the first one, if
+        there is no answer, or none that was encoded.
+    """
+    if form == "name":
+        return to_classes(labels, classes)
+    if form == "number":
+        return np.array(labels, np.float64).astype(np.float32)[:, None]
+    if form == "names":
+        found = np.zeros((len(labels), outputs), np.float32)
+        for row, label in enumerate(labels):
+            found[row, [classes[name] for name in json.loads(label)]] = 1
+        return found
+    if form == "tokens":
+        return to_classes([tag for label in labels for tag in json.loads(label)], classes)
+    assert edges is not None and spans is not None
+    rows = zip(labels, pairwise(edges.tolist()), strict=True)
+    return np.concatenate([np.zeros((0, 2), np.float32), *(_spread(label, spans[i:j]) for label, (i, j) in rows)])
+
+
+def _spread(label: str, spans: Ints) -> NDArray[np.float32]:
+    """[tokens, 2] of one question."""
+    found = np.zeros((len(spans), 2), np.float32)
+    for start, text in answers_of(label):
+        own = np.flatnonzero((spans[:, 1] > start) & (spans[:, 0] < start + len(text)) & (spans[:, 0] < spans[:, 1]))
+        if len(own):
+            found[own[[0, -1]], [0, 1]] += 1
+    if not found.any():
+        found[0] = 1
+    return found / found.sum(0)
 
 
 def _is_number(label: str) -> bool:

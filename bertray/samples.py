@@ -1,12 +1,12 @@
-"""Samples: one worker's rows of a store as it fits on them, in memory, on its device, or in a file where they are too
-many. Knows nothing of heads, of solvers, or of Ray."""
+"""Samples: one worker's rows of stores as a head is fitted on them, in memory, on its device, or in a file where they
+are too many. Knows nothing of heads, of solvers, or of Ray."""
 
-import itertools
+import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,12 +14,17 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from bertray import labels
+from bertray.annotations import Ints
 from bertray.errors import StoreError
+from bertray.features import related
 from bertray.progress import log
-from bertray.store import Store, vectors_of
+from bertray.store import Store
+from bertray.vectors import edges_of, spans_of, vectors_of
 
 if TYPE_CHECKING:
     import torch
+
+KINDS = {"name": "softmax", "names": "sigmoid", "number": "squared", "tokens": "softmax", "answers": "span"}
 
 
 @dataclass(frozen=True)
@@ -41,78 +46,297 @@ class Share:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
+    def gather(self, mine: Any) -> list[Any]:
+        """What all workers have, in their order."""
+        if self.world == 1:
+            return [mine]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, mine)
+        return found
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be learned from which stores.
+
+    stores: of the rows to fit on, and where there are some, of those to choose by.
+    form: of the labels; classes: the index of each name; outputs: of the head.
+    folds: how many parts of the training rows are left out in turn. Rows to choose by are part 0, and count for nothing
+        else.
+    seed: of the parts.
+    balanced: whether rows of rare classes count more.
+    pairs: the store of the distinct texts of pairs, where each is encoded by itself.
+    """
+
+    stores: tuple[Store, ...]
+    form: str
+    classes: Mapping[str, int]
+    outputs: int
+    folds: int = 0
+    seed: int = 0
+    balanced: bool = False
+    pairs: Store | None = None
+
+    @property
+    def features(self) -> list[str]:
+        return (self.pairs or self.stores[0]).complete().features
+
 
 @dataclass(frozen=True)
 class Samples:
-    """The rows of one worker.
+    """The rows of one worker; where words or tokens have vectors, those are its rows.
 
-    vectors: [mine, width] in the type they are stored in: in memory, on the device, or mapped from a file.
-    classes: [mine] class index of each, on the device.
-    count: how many rows all workers have together.
+    vectors: [mine, features, width] in the type they are stored in: in memory, on the device, or mapped from a file. Of
+        pairs whose texts are encoded by themselves [texts, features, width].
+    targets: what is asked of the head, on the device: [mine] classes, or [mine, outputs] numbers.
+    edges: [groups + 1] which rows are of one text or question; None where each row is one.
+    folds: [mine] which part of the training rows each belongs to.
+    weights: [mine] how much each counts.
+    count: how many rows (or groups) all workers have together.
     spare: bytes that may be held besides.
+    kind: of the loss: softmax, sigmoid, squared or span.
+    others: what a row is related to: [mine, 2] the two texts of a pair, or [mine] the question of a token, whose vector
+        is in `questions` [groups, features, width].
+    chosen: which features are taken; averaged: whether as their mean.
     """
 
     vectors: "torch.Tensor"
-    classes: "torch.Tensor"
+    targets: "torch.Tensor"
+    edges: "torch.Tensor | None"
+    folds: "torch.Tensor"
+    weights: "torch.Tensor"
     count: int
     spare: int
+    kind: str
+    outputs: int
+    others: "torch.Tensor | None" = None
+    questions: "torch.Tensor | None" = None
+    chosen: tuple[int, ...] = ()
+    averaged: bool = False
+
+    @property
+    def device(self) -> "torch.device":
+        return self.targets.device
+
+    @property
+    def blocks(self) -> int:
+        """Features side by side."""
+        return 1 if self.averaged else len(self.chosen)
 
     @property
     def width(self) -> int:
-        return int(self.vectors.shape[1])
+        times = 1 if self.others is None else 4 if self.questions is None else 2
+        return times * self.blocks * int(self.vectors.shape[2])
+
+    def of(self, chosen: Sequence[int], averaged: bool) -> "Samples":
+        """The same rows by some features, side by side or averaged."""
+        return replace(self, chosen=tuple(chosen), averaged=averaged)
 
     def take(self, rows: "torch.Tensor | slice", dtype: "torch.dtype") -> "torch.Tensor":
-        """[rows, width] of some of the vectors, on the device."""
+        """[rows, width] of some of the rows, on the device."""
+        if self.others is None:
+            return self._flat(self.vectors, rows, dtype)
+        others = self.others[rows]
+        if self.questions is None:
+            u, v = (self._flat(self.vectors, part, dtype) for part in others.unbind(1))
+            return related(u, v)  # type: ignore[no-any-return]
+        u, v = self._flat(self.vectors, rows, dtype), self._flat(self.questions, others, dtype)
+        return related(u, v, pair=False)  # type: ignore[no-any-return]
+
+    def _flat(self, vectors: "torch.Tensor", rows: "torch.Tensor | slice", dtype: "torch.dtype") -> "torch.Tensor":
         if not isinstance(rows, slice):
-            rows = rows.to(self.vectors.device)
-        return self.vectors[rows].to(self.classes.device, dtype)
+            rows = rows.to(vectors.device)
+        found = vectors[rows]
+        if self.chosen != tuple(range(vectors.shape[1])):
+            found = found[:, list(self.chosen)]
+        found = found.to(self.device, dtype)
+        return found.mean(1) if self.averaged else found.reshape(len(found), -1)
 
 
 @contextmanager
-def samples(
-    store: Store, classes: Mapping[str, int], share: Share, memory: int | str = "auto", device: str = "auto"
-) -> Iterator[Samples]:
-    """Read a worker's rows of a complete store.
+def samples(wanted: Wanted, share: Share, memory: int | str = "auto", device: str = "auto") -> Iterator[Samples]:
+    """Read a worker's rows of complete stores.
 
     Args:
-        classes: class index of each label.
         memory: megabytes of vectors to hold at most; more are kept in a temporary file. `auto` is a half of what is
             free.
         device: `cpu`, `cuda` or `auto`.
 
     Raises:
-        StoreError: the store is not complete or damaged, or there is no room for the file.
+        StoreError: a store is not complete or damaged, or there is no room for the file.
     """
     import torch
 
-    total = store.complete().total("rows")
-    found = np.empty(share.of(total), np.int64)
-    parts = _parts(store, classes, share, found)
-    first = next(parts)
-    needed, room = len(found) * first.shape[1] * first.itemsize, _room(memory, share.world)
-    place = _device(device, needed)
     with tempfile.TemporaryDirectory(prefix="bertray-") as folder:
-        shape = (len(found), first.shape[1])
-        if streamed := needed > room:
-            log.info("fitting: %d MB of vectors are more than memory has room for: read from a file", needed >> 20)
-            vectors = _mapped(f"{folder}/vectors", first.dtype, shape)
-        else:
-            vectors = np.empty(shape, first.dtype)
-        filled = 0
-        for part in itertools.chain([first], parts):
-            vectors[filled : filled + len(part)] = part
-            filled += len(part)
-        tensor = torch.from_numpy(vectors)
+        reading = _Reading(wanted, share, memory, folder)
+        reading.read()
+        streamed = reading.vectors.streamed
+        vectors = torch.from_numpy(reading.vectors.array)
+        place = _device(device, vectors.nbytes)
+        parts: dict[str, Any] = {name: torch.from_numpy(array).to(place) for name, array in reading.arrays().items()}
         yield Samples(
-            tensor if streamed else tensor.to(place), torch.from_numpy(found).to(place), total, max(0, room - needed)
+            vectors=vectors if streamed else vectors.to(place),
+            count=reading.total,
+            spare=max(0, reading.vectors.room - vectors.nbytes),
+            kind=KINDS[wanted.form],
+            outputs=wanted.outputs,
+            chosen=tuple(range(vectors.shape[1])),
+            **parts,
         )
 
 
-def _mapped(file: str, dtype: np.dtype[Any], shape: tuple[int, int]) -> NDArray[Any]:
+@dataclass
+class _Reading:
+    """Reads a worker's rows, shard by shard."""
+
+    wanted: Wanted
+    share: Share
+    memory: int | str
+    folder: str
+    total: int = 0  # rows or groups of all workers so far
+    targets: list[NDArray[Any]] = field(default_factory=list)
+    folds: list[Ints] = field(default_factory=list)
+    weights: list[NDArray[np.float32]] = field(default_factory=list)
+    counts: list[Ints] = field(default_factory=list)  # words of each text
+    others: list[Ints] = field(default_factory=list)
+    questions: list[NDArray[Any]] = field(default_factory=list)
+
+    def read(self) -> None:
+        wanted = self.wanted
+        self.vectors = _Vectors(self.folder, _room(self.memory, self.share.world), self._rows())
+        if wanted.pairs:
+            for table in wanted.pairs.tables(wanted.features):
+                self.vectors.add(self._features(table))
+        for number, store in enumerate(wanted.stores):
+            for table in store.tables(self._columns(store)):
+                mine = np.arange((self.share.rank - self.total) % self.share.world, table.num_rows, self.share.world)
+                self.total += table.num_rows
+                self._add(table.take(mine), number > 0)
+        self.vectors.done()
+
+    def _columns(self, store: Store) -> list[str]:
+        columns = ["text", "label", *(["text_pair"] if self.wanted.form == "answers" else [])]
+        words = ["starts", "stops"] if self.wanted.form in ("tokens", "answers") else []
+        return [*columns, *words, *(["first", "second"] if self.wanted.pairs else self.wanted.features)]
+
+    def _rows(self) -> int:
+        """How many vectors there will be."""
+        if self.wanted.pairs:
+            return self.wanted.pairs.complete().total("rows")
+        rows = sum(store.complete().total("rows") for store in self.wanted.stores)
+        if self.wanted.form not in ("tokens", "answers"):
+            return self.share.of(rows)
+        seen = words = 0
+        for store in self.wanted.stores:
+            for table in store.tables(["starts"]):
+                mine = slice((self.share.rank - seen) % self.share.world, None, self.share.world)
+                counts = np.diff(edges_of(table))[mine]
+                words += int(counts.sum()) - (len(counts) if self.wanted.form == "answers" else 0)
+                seen += table.num_rows
+        return words
+
+    def _add(self, table: pa.Table, choosing: bool) -> None:
+        """Add the rows of a table that are this worker's."""
+        wanted, edges, spans = self.wanted, None, None
+        rows = table["label"].to_pylist()
+        if wanted.form in ("tokens", "answers"):
+            edges, spans = edges_of(table), spans_of(table)
+        if wanted.pairs:
+            self.others.append(np.stack([table[name].to_numpy().astype(np.int64) for name in ("first", "second")], 1))
+        else:
+            vectors = self._features(table)
+            if wanted.form == "answers" and edges is not None and spans is not None:
+                # The first is the question's; its tokens are related to it.
+                self.questions.append(vectors[edges[:-1]])
+                kept = np.delete(np.arange(len(vectors)), edges[:-1])
+                vectors, spans, edges = vectors[kept], spans[kept], edges - np.arange(len(edges))
+                begun = sum(map(len, self.questions)) - len(self.questions[-1])
+                self.others.append(begun + np.repeat(np.arange(len(rows)), np.diff(edges)))
+            self.vectors.add(vectors)
+        found = labels.targets(wanted.form, rows, wanted.classes, wanted.outputs, edges, spans)
+        self.targets.append(found)
+        weights = np.full(len(found), 0.0 if choosing else 1.0, np.float32)
+        if edges is not None:
+            self.counts.append(np.diff(edges))
+            if wanted.form == "tokens":
+                weights[~vectors.any((1, 2))] = 0  # words that were cut off
+        self.weights.append(weights)
+        each = np.zeros(len(rows), np.int64) if choosing else self._folds(table)
+        self.folds.append(each if edges is None else np.repeat(each, np.diff(edges)))
+
+    def _folds(self, table: pa.Table) -> Ints:
+        """[rows] which part each row belongs to, by what its text (of a question the context) is: equal ones are left
+        out together."""
+        if len(self.wanted.stores) > 1 or not self.wanted.folds:
+            return np.full(table.num_rows, 1, np.int64)
+        texts = table["text_pair" if self.wanted.form == "answers" else "text"].to_pylist()
+        key = self.wanted.seed.to_bytes(8, "little")
+        hashes = (hashlib.blake2b(text.encode(), digest_size=8, key=key).digest() for text in texts)
+        return np.array([int.from_bytes(each, "little") % self.wanted.folds for each in hashes], np.int64)
+
+    def _features(self, table: pa.Table) -> NDArray[Any]:
+        names = self.wanted.features
+        vectors = vectors_of(table, names)
+        return vectors.reshape(len(vectors), len(names), -1)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """All but the vectors."""
+        targets, weights = np.concatenate(self.targets), np.concatenate(self.weights)
+        if self.wanted.balanced:
+            weights *= self._balance(targets, weights)
+        found = {"targets": targets, "weights": weights, "folds": np.concatenate(self.folds)}
+        if self.counts:
+            found["edges"] = np.concatenate([[0], np.cumsum(np.concatenate(self.counts))])
+        if self.others:
+            found["others"] = np.concatenate(self.others)
+        if self.questions:
+            found["questions"] = np.concatenate(self.questions)
+        return {"edges": None, **found} if "edges" not in found else found  # type: ignore[dict-item]
+
+    def _balance(self, targets: Ints, weights: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[mine] so that all classes count the same: rows / (classes * rows of the class), as scikit-learn has it."""
+        mine = np.bincount(targets[weights > 0], minlength=self.wanted.outputs)
+        counts = np.sum(self.share.gather(mine), 0)
+        occurring = np.maximum(1, (counts > 0).sum())
+        each: NDArray[np.float32] = (counts.sum() / (occurring * np.maximum(counts, 1)))[targets].astype(np.float32)
+        return each
+
+
+class _Vectors:
+    """Room for so many vectors, in memory or in a file, and what is in it so far."""
+
+    def __init__(self, folder: str, room: int, rows: int) -> None:
+        self._folder, self.room, self._rows = folder, room, rows
+        self.array: NDArray[Any] = np.zeros((0, 1, 1), np.float16)
+        self.streamed, self._filled = False, 0
+
+    def add(self, part: NDArray[Any]) -> None:
+        if not self._filled and len(self.array) != self._rows:
+            self._make(part)
+        self.array[self._filled : self._filled + len(part)] = part
+        self._filled += len(part)
+
+    def _make(self, part: NDArray[Any]) -> None:
+        shape = (self._rows, *part.shape[1:])
+        needed = int(np.prod(shape)) * part.itemsize
+        self.streamed = needed > self.room
+        if self.streamed:
+            log.info("fitting: %d MB of vectors are more than memory has room for: read from a file", needed >> 20)
+            self.array = _mapped(f"{self._folder}/vectors", part.dtype, shape)
+        else:
+            self.array = np.empty(shape, part.dtype)
+
+    def done(self) -> None:
+        assert self._filled == self._rows, "rows were counted wrong"
+
+
+def _mapped(file: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     """An array in a file, whose room is taken at once: a disk that is full later would end the process."""
     try:
         with open(file, "wb") as sink:
-            size = shape[0] * shape[1] * dtype.itemsize
+            size = int(np.prod(shape)) * dtype.itemsize
             os.posix_fallocate(sink.fileno(), 0, size) if hasattr(os, "posix_fallocate") else sink.truncate(size)
     except OSError as error:
         raise StoreError(
@@ -120,23 +344,6 @@ def _mapped(file: str, dtype: np.dtype[Any], shape: tuple[int, int]) -> NDArray[
             "more room, or raise ray.fit_memory."
         ) from None
     return np.memmap(file, dtype, "r+", shape=shape)
-
-
-def _parts(store: Store, classes: Mapping[str, int], share: Share, found: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
-    """A shard's vectors that are this worker's, shard by shard; their class indices go into `found`."""
-    seen = filled = 0
-    for table in store.tables(["vector", "label"]):
-        mine = slice((share.rank - seen) % share.world, None, share.world)
-        part = vectors_of(table)[mine]
-        found[filled : filled + len(part)] = _classes(table["label"], classes)[mine]
-        seen, filled = seen + table.num_rows, filled + len(part)
-        yield part
-
-
-def _classes(column: pa.ChunkedArray, classes: Mapping[str, int]) -> NDArray[np.int64]:
-    """[rows] class index of each label: looked up once for each distinct label."""
-    encoded = column.combine_chunks().dictionary_encode()
-    return labels.to_classes(encoded.dictionary.to_pylist(), classes)[encoded.indices.to_numpy(zero_copy_only=False)]
 
 
 def _device(wanted: str, needed: int) -> "torch.device":

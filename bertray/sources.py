@@ -6,9 +6,10 @@ frames in memory) is written as Parquet files first. Knows nothing of encoders.
 """
 
 import hashlib
+import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from bertray import annotations
 from bertray.errors import SourceError
 from bertray.formats import BOOLEAN, FRACTION, Odd, Rows, format_of, open_rows, reading
 from bertray.spec import Source
@@ -34,16 +36,31 @@ _HASHED_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of the columns to read; empty where there is none."""
+    """The names of the columns to read; empty where there is none.
+
+    form: what the labels are, as in `annotations`.
+    """
 
     text: str
     text_pair: str = ""
     label: str = ""
     id: str = ""
+    form: str = "name"
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for name in (self.id, self.text, self.text_pair, self.label) if name))
+
+    @property
+    def part(self) -> str:
+        """What becomes a vector: a text (or pair), each word, or each token of the second text."""
+        return {"tokens": "word", "answers": "token"}.get(self.form, "text")
+
+    @property
+    def nested(self) -> tuple[str, ...]:
+        """Those that may hold lists: texts as lists of words, and labels that are more than a name."""
+        words = (self.text,) if self.form == "tokens" else ()
+        return (*words, *((self.label,) if self.form in annotations.NESTED and self.label else ()))
 
 
 @dataclass(frozen=True)
@@ -77,7 +94,8 @@ class Unit:
 class Batch:
     """The rows of a unit.
 
-    rows: table with id, text, label (string, null where there is none) and, for pairs, text_pair.
+    rows: table with id, text, label (string, null where there is none), for pairs text_pair, and where texts come as
+        lists of words, those words' lengths.
     rejects: rows set aside, as table with id, reason and preview.
     """
 
@@ -176,7 +194,7 @@ def _count(file: FileInfo, source: Source, columns: Columns) -> tuple[int, tuple
     """How many rows a file has, and behind which of them its groups end."""
     if not file.size:
         return 0, ()
-    rows = open_rows(file.url, _format(file, source), columns.names)
+    rows = open_rows(file.url, _format(file, source), columns.names, columns.nested)
     return rows.count(), rows.groups
 
 
@@ -250,7 +268,7 @@ class Reader:
         try:
             if self._rows is None or self._rows.url != unit.url or self._rows.position > unit.start:
                 _check_unchanged(unit)
-                self._rows = open_rows(unit.url, unit.format, self.columns.names)
+                self._rows = open_rows(unit.url, unit.format, self.columns.names, self.columns.nested)
             rows, self._rows = self._rows, None  # after an error its place in the file is not known
             table = rows.read(unit.start, unit.stop)
         except SourceError:
@@ -269,16 +287,21 @@ def normalize(table: pa.Table, columns: Columns, unit: Unit, odd: Sequence[Odd] 
         odd: the cells of the table that are not as they should be.
     """
     derived = pa.array([f"{unit.name}:{row}" for row in range(unit.start, unit.start + table.num_rows)], pa.string())
-    arrays, reasons = {}, [_reasons({cell.row: cell.what for cell in odd if not cell.column}, table.num_rows)]
+    arrays: dict[str, Any] = {}
+    reasons = [_reasons({cell.row: cell.what for cell in odd if not cell.column}, table.num_rows)]
     for role in ("text", "text_pair", "label", "id"):
-        if getattr(columns, role):
-            arrays[role], wrong = _values(table, role, columns, unit, odd)
+        if name := getattr(columns, role):
+            if name in columns.nested:
+                found, wrong = _nested(table[name], role, arrays, columns.form)
+                arrays |= found
+            else:
+                arrays[role], wrong = _values(table, role, columns, unit, odd)
             reasons.append(_reasons(wrong, table.num_rows))
             if role != "id":
                 reasons.append(pc.if_else(pc.is_null(arrays[role]), f"{role} is null", pa.scalar(None, pa.string())))
     arrays["id"] = pc.coalesce(arrays["id"], derived) if columns.id else derived
     arrays.setdefault("label", pa.nulls(table.num_rows, pa.string()))
-    rows = pa.table({role: arrays[role] for role in ("id", "text", "text_pair", "label") if role in arrays})
+    rows = pa.table({role: arrays[role] for role in ("id", "text", "text_pair", "label", "words") if role in arrays})
     reason = pc.coalesce(*reasons)
     rejected = pc.is_valid(reason)
     shown = _reasons({cell.row: cell.shown for cell in odd if cell.column in ("", columns.text)}, table.num_rows)
@@ -296,6 +319,32 @@ def _values(
     values, wrong = read(table, column, unit)
     wrong |= {cell.row: cell.what for cell in odd if cell.column == column and cell.what != fine}
     return values, {row: f"{role} {what}" for row, what in wrong.items()}
+
+
+def _nested(
+    column: pa.ChunkedArray, role: str, arrays: Mapping[str, Any], form: str
+) -> tuple[dict[str, pa.Array], dict[int, str]]:
+    """Texts (and the lengths of their words) or labels from cells of JSON, and what is wrong in which rows."""
+    cells = [None if cell is None else json.loads(cell) for cell in column.to_pylist()]
+    values: list[Any] = [None] * len(cells)
+    wrong: dict[int, str] = {}
+    others = [
+        arrays[name].to_pylist() if name in arrays else [None] * len(cells) for name in ("text", "words", "text_pair")
+    ]
+    for row, (cell, text, words, pair) in enumerate(zip(cells, *others, strict=True)):
+        try:
+            if cell is not None and role == "text":
+                values[row] = annotations.text_of(cell)
+            elif cell is not None and text is not None:
+                values[row] = annotations.label_of(form, cell, text, words, pair or "")
+        except annotations.Wrong as error:
+            wrong[row] = f"{role} {error}"
+    if role == "label":
+        return {"label": pa.array(values, pa.string())}, wrong
+    texts, lengths = (
+        zip(*((None, None) if value is None else value for value in values), strict=True) if values else ((), ())
+    )
+    return {"text": pa.array(texts, pa.string()), "words": pa.array(lengths, pa.list_(pa.int32()))}, wrong
 
 
 def _reasons(found: dict[int, str], rows: int) -> pa.Array:
@@ -379,10 +428,12 @@ def stage(rows: Any, columns: Columns, folder: Location) -> tuple[str, ...]:
         The label names that the rows carry themselves (`ClassLabel`), if any.
     """
     _check_names(rows, columns)
-    names = tuple(getattr((getattr(rows, "features", None) or {}).get(columns.label), "names", None) or ())
+    feature = (getattr(rows, "features", None) or {}).get(columns.label)
+    single = getattr(feature, "names", None)
+    names = tuple(single or getattr(getattr(feature, "feature", None), "names", None) or ())  # of a list's items
     written = []
     for number, table in enumerate(_tables(rows, columns.names)):
-        if names:  # numbers would be taken for names, where the names are numbers
+        if single:  # numbers would be taken for names, where the names are numbers
             classes = pc.if_else(pc.less(table[columns.label], 0), None, table[columns.label])
             place = table.column_names.index(columns.label)
             table = table.set_column(place, columns.label, pc.take(pa.array(names, pa.string()), classes))

@@ -22,6 +22,7 @@ from bertray.errors import SpecError
 
 Key = tuple[str | int, ...]
 Pooling = Literal["pooler", "cls", "mean", "max", "first"]
+Layers = Literal["last", "last4", "all"] | int | tuple[int, ...]
 AutoCount = Literal["auto"] | Annotated[int, Field(ge=1)]
 
 
@@ -64,10 +65,14 @@ class Data(Part):
     """Which rows to read, and which of their columns hold what."""
 
     train: Source = Field(Source(), description="rows to fit the head on")
+    dev: Source = Field(
+        Source(),
+        description="rows to choose by (search, early stopping, temperature); without them, folds of train",
+    )
     test: Source = Field(Source(), description="rows to judge the head by; may be left out")
-    text: str = Field("text", min_length=1, description="column of the text")
-    text_pair: str = Field("", description="column of the second text of a pair; empty for single texts")
-    label: str = Field("label", description="column of the label")
+    text: str = Field("text", min_length=1, description="column of the text, or its list of words; of the question")
+    text_pair: str = Field("", description="column of a pair's second text, or of the context; empty for single texts")
+    label: str = Field("label", description="column of the label: name or number, or list of names, tags or answers")
     id: str = Field("", description="column of the row's id; empty derives ids from file and row")
     labels: tuple[str, ...] = Field(
         (), description="label names in the order of their numbers; empty takes what the training rows hold"
@@ -101,8 +106,12 @@ class Encoder(Part):
         description="pooler (dense and tanh over [CLS]), [CLS] itself, mean or max over all tokens, or several side by "
         "side; of words their first token or the mean over theirs",
     )
-    layers: Literal["last", "last4", "all"] | int | tuple[int, ...] = Field(
+    layers: Layers = Field(
         "last", description="layers whose states are pooled, from 0 (embeddings) up, or counted from the last by -1, -2"
+    )
+    pair: Literal["cross", "siamese"] = Field(
+        "cross",
+        description="pairs as one sequence, or each text by itself, once: a head then sees u, v, abs(u-v) and u*v",
     )
     max_length: int = Field(512, ge=3, description="most tokens a text may have, [CLS] and [SEP] included")
     truncation: Literal["truncate", "error", "window"] = Field(
@@ -122,6 +131,20 @@ class Encoder(Part):
         return self
 
 
+class Search(Part):
+    """What to choose among by the rows that are left out: every combination of what is listed. Encodes nothing."""
+
+    l2: tuple[Annotated[float, Field(ge=0)], ...] = Field((), description="penalties")
+    layers: tuple[Layers, ...] = Field((), description="layers, among those that are stored")
+    pooling: tuple[Pooling | tuple[Pooling, ...], ...] = Field((), description="poolings, among those that are stored")
+    combine: tuple[Literal["concat", "mean", "mix"], ...] = Field((), description="ways to take several layers")
+    seeds: tuple[Annotated[int, Field(ge=0, le=2**32 - 1)], ...] = Field((), description="seeds of first weights")
+
+    @property
+    def given(self) -> bool:
+        return any(getattr(self, name) for name in type(self).model_fields)
+
+
 class Head(Part):
     """The linear head and how it is fitted."""
 
@@ -129,10 +152,34 @@ class Head(Part):
         "adam", description="adam and sgd run in batches; lbfgs runs on all rows to the optimum"
     )
     lr: float = Field(0.01, gt=0, description="learning rate of adam and sgd")
-    batch_size: int = Field(32, ge=1, description="rows a step of adam and sgd")
+    batch_size: int = Field(32, ge=1, description="rows (texts) a step of adam and sgd")
     epochs: int = Field(10, ge=1, description="passes over the rows of adam and sgd")
+    early_stopping: int = Field(0, ge=0, description="epochs without a better loss on data.dev before it ends; 0 never")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of the first weights and of the order of rows")
     l2: float = Field(0.0, ge=0, description="penalty: l2/2 times the squared weights is added to the mean loss")
+    standardize: bool = Field(False, description="scale each feature to mean 0 and deviation 1 on the training rows")
+    combine: Literal["concat", "mean", "mix"] = Field(
+        "concat", description="several layers side by side, averaged, or in a learned mix of shares"
+    )
+    class_weight: Literal["none", "balanced"] = Field(
+        "none", description="balanced: rows of rare classes count more, all classes the same"
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each label that is spread over all classes")
+    folds: int = Field(
+        5,
+        ge=0,
+        description="parts of the training rows, each left out once, to choose and calibrate by; 0 none",
+    )
+    answer_accuracy: float = Field(
+        0.0, ge=0, lt=1, description="least accuracy of what is answered: less sure rows get no label; 0 answers all"
+    )
+    search: Search = Field(Search(), description="what to choose among")
+
+    @model_validator(mode="after")
+    def _folds_are_several(self) -> "Head":
+        if self.folds == 1:
+            raise ValueError("folds must be 0, or at least 2")
+        return self
 
 
 class RaySizes(Part):
@@ -154,7 +201,12 @@ class RaySizes(Part):
 class Spec(Part):
     """A whole job: rows in, vectors, head, metrics, report and bundle out."""
 
-    task: Literal["text-classification"] = Field("text-classification", description="what is predicted")
+    task: Literal["text-classification", "token-classification", "question-answering"] = Field(
+        "text-classification", description="what is predicted"
+    )
+    problem: Literal["single_label", "multi_label", "regression"] = Field(
+        "single_label", description="what a text-classification answers: one class, any number of them, or a number"
+    )
     data: Data = Field(Data(), description="rows and columns")
     encoder: Encoder = Field(Encoder(), description="the frozen BERT")
     head: Head = Field(Head(), description="the linear head")
@@ -164,11 +216,53 @@ class Spec(Part):
         "runs/bertray", min_length=1, description="folder of the run; runs/<name of the file> from a file"
     )
 
+    @property
+    def form(self) -> str:
+        """What the labels are, as in `annotations`."""
+        if self.task != "text-classification":
+            return "tokens" if self.task == "token-classification" else "answers"
+        return {"single_label": "name", "multi_label": "names", "regression": "number"}[self.problem]
+
     @model_validator(mode="after")
-    def _examples_are_single(self) -> "Spec":
-        if self.examples and self.data.text_pair:
-            raise ValueError("examples must be left out when data.text_pair is given")
+    def _parts_fit(self) -> "Spec":
+        for wrong, words in self._conflicts():
+            if wrong:
+                raise ValueError(words)
         return self
+
+    def _conflicts(self) -> Iterator[tuple[bool, str]]:
+        head, pair, words = self.head, self.data.text_pair, self.task != "text-classification"
+        names = (self.encoder.pooling,) if isinstance(self.encoder.pooling, str) else self.encoder.pooling
+        mixes, siamese = {head.combine, *head.search.combine}, self.encoder.pair == "siamese"
+        yield bool(self.examples and pair), "examples must be left out when data.text_pair is given"
+        yield (
+            words and not set(names) <= {"first", "mean"},
+            f"encoder.pooling must be first or mean for {self.task}: of the tokens of each word",
+        )
+        yield not words and "first" in names, "encoder.pooling must not be first for text-classification: cls is meant"
+        yield (
+            self.form == "answers" and names != ("mean",),
+            "encoder.pooling must be mean for question-answering: the question's tokens are averaged, each other is alone",
+        )
+        several = len(names) > 1 or any(not isinstance(each, str) for each in head.search.pooling)
+        yield several and bool(mixes - {"concat"}), "head.combine mean and mix are for a single encoder.pooling"
+        yield words and self.problem != "single_label", f"problem must be left out for {self.task}"
+        yield self.task == "question-answering" and not pair, "data.text_pair must name the column of the contexts"
+        yield siamese and (words or not pair), "encoder.pair siamese is for text-classification with data.text_pair"
+        yield siamese and "mix" in mixes, "head.combine mix cannot be had for siamese pairs"
+        yield self.form != "name" and head.answer_accuracy > 0, "head.answer_accuracy is for problem single_label"
+        yield (
+            self.form not in ("name", "tokens") and (head.class_weight != "none" or head.label_smoothing > 0),
+            "head.class_weight and label_smoothing are for single labels",
+        )
+        yield (
+            head.early_stopping > 0 and (head.optimizer == "lbfgs" or not self.data.dev.given),
+            "head.early_stopping is for adam and sgd, with data.dev",
+        )
+        yield (
+            head.search.given and not head.folds and not self.data.dev.given,
+            "head.search needs rows to choose by: data.dev, or head.folds",
+        )
 
 
 def load_spec(spec: "str | Path | Mapping[str, Any] | Spec", overrides: Sequence[str] = ()) -> Spec:
@@ -237,12 +331,14 @@ def _words(kind: Any, metadata: Sequence[Any]) -> str:
         return "a list of " + ("strings" if of is str else "numbers" if of in (int, float) else "these")
     if _is_part(kind):
         return "a mapping"
+    if kind is bool:
+        return "true or false"
     if kind is str:
         return "a string that is not empty" if metadata else "a string"
     bounds = [
         f"{word} {getattr(constraint, name):.10g}"
         for constraint in metadata
-        for name, word in (("ge", "of at least"), ("gt", "above"), ("le", "and at most"))
+        for name, word in (("ge", "of at least"), ("gt", "above"), ("le", "and at most"), ("lt", "and below"))
         if hasattr(constraint, name)
     ]
     return " ".join(["a whole number" if kind is int else "a number", *bounds])
@@ -292,7 +388,7 @@ def _override(data: dict[str, Any], override: str, lines: dict[Key, str]) -> Non
     for step in key[:-1]:
         inner = data.get(step)
         # A source may be written as a bare path; going into it makes the mapping it stands for.
-        inner = {"path": inner} if isinstance(inner, str) and step in ("train", "test") else inner
+        inner = {"path": inner} if isinstance(inner, str) and step in ("train", "dev", "test") else inner
         data[step] = inner if isinstance(inner, dict) else {}
         data = data[step]
     try:

@@ -11,13 +11,14 @@ import pyarrow as pa
 
 from bertray.checkpoints import Checkpoint
 from bertray.errors import SpecError
+from bertray.features import features
 from bertray.sources import Columns, Unit, from_hub, is_saved_dataset, stage, units
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import Source, Spec, fingerprint
 from bertray.storage import Location
 from bertray.store import Store
 
-RECIPE = 3  # raised when a change of code gives other vectors for the same settings
+RECIPE = 4  # raised when a change of code gives other vectors for the same settings
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,13 @@ class Split:
 
 def made_by(spec: EncoderSpec, checkpoint: Checkpoint, columns: Columns, source: dict[str, Any]) -> dict[str, Any]:
     """All that makes the vectors of a source what they are. Its fingerprint names the store."""
-    names = {"pooling", "max_length", "truncation", "precision"}
+    names = {"max_length", "truncation", "precision"}
     settings = spec.model_dump(include=names | ({"overlap"} if spec.truncation == "window" else set()))
     return {
         "recipe": RECIPE,
         **checkpoint.identity,
         **settings,
+        "features": list(map(str, features(spec.pooling, spec.layers, checkpoint.layers))),
         "columns": asdict(columns),
         "source": source,
     }
@@ -105,7 +107,7 @@ def plan_of(split: Split, spec: EncoderSpec, checkpoint: Checkpoint, label_names
     return {
         "split": split.name,
         "made_by": split.made_by,
-        "encoder": {**spec.model_dump(), "model": checkpoint.name},
+        "encoder": {**spec.model_dump(mode="json"), "model": checkpoint.name},
         "identity": checkpoint.identity,
         "labels": list(label_names),
         "columns": asdict(split.columns),

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from bertray.errors import StoreError
 from bertray.storage import FileInfo, Location
+from bertray.vectors import column_path, vector_columns, vectors_of
 
 _RECEIPT, _CHECKSUM = b"bertray.receipt", b"bertray.checksum"
 _THREADS = 16  # that wait for storage at once
@@ -85,6 +86,11 @@ class Manifest:
         return [receipt.unit for receipt in self.units] == list(units)
 
     @property
+    def features(self) -> list[str]:
+        """The columns that hold vectors."""
+        return list(self.made_by["features"])
+
+    @property
     def counts(self) -> dict[str, int]:
         """What became of all rows, for summaries."""
         return {name: self.total(name) for name in ("rows", "rejected", "empty", "truncated", "windowed", "tokens")}
@@ -106,8 +112,9 @@ class Store:
     plan.json             what the store is to hold, and what makes it; written first
     manifest.json         a receipt for each unit; written last
     running/UNIT.json     an attempt at a unit, while it lasts
-    shards/UNIT.parquet   id, text, text_pair (for pairs), label, vector (fixed size list of float16 or float32);
-                          predictions have label, score and probabilities in place of label and vector
+    shards/UNIT.parquet   id, text, text_pair (for pairs), label, and a column a feature, such as mean_6, of vectors
+                          (fixed size lists of float16 or float32); where words have vectors, lists of those, with
+                          starts and stops of the words; predictions have answers in place of label and vectors
     rejects/UNIT.jsonl    id, reason, preview of rows set aside, where there are any
     """
 
@@ -126,8 +133,9 @@ class Store:
         if lines:
             self._rejects(receipt.unit).write("".join(lines).encode())
         sink = pa.BufferOutputStream()
-        codecs = {name: "none" if name == "vector" else "zstd" for name in table.column_names}
-        codecs |= {"vector.list.element": "none"}  # vectors do not compress
+        vectors = [table.schema.field(name) for name in vector_columns(table.schema)]
+        codecs = dict.fromkeys(_columns(table.schema), "zstd")
+        codecs |= {column_path(field): "none" for field in vectors}  # they do not compress
         with pq.ParquetWriter(
             sink,
             table.schema,
@@ -276,10 +284,11 @@ class Store:
             yield table
 
     def load(self) -> tuple[NDArray[Any], list[str]]:
-        """All vectors [n, width] in the type they are stored in, and all labels [n]."""
-        parts = list(self.tables(["vector", "label"]))
+        """All vectors [n, width], of all features side by side, in the type they are stored in, and all labels [n]."""
+        names = self.complete().features
+        parts = list(self.tables([*names, "label"]))
         return (
-            np.concatenate([vectors_of(part) for part in parts]),
+            np.concatenate([vectors_of(part, names) for part in parts]),
             [label for part in parts for label in part["label"].to_pylist()],
         )
 
@@ -312,7 +321,7 @@ class Store:
             raise StoreError("its shard is not the one that the manifest tells of")
         if table.num_rows != receipt.rows:
             raise StoreError(f"its shard has {table.num_rows} rows, not {receipt.rows}")
-        if "vector" in table.column_names and not np.isfinite(vectors_of(table)).all():
+        if any(not np.isfinite(vectors_of(table, [name])).all() for name in vector_columns(table.schema)):
             raise StoreError("its shard holds vectors that are not finite")
         if (aside := len(self.rejects(receipt.unit))) != receipt.rejected:
             raise StoreError(f"{aside} of its {receipt.rejected} rows that were set aside are told of")
@@ -341,20 +350,12 @@ def _is_whole(data: bytes) -> bool:
     return hashlib.sha256(before + found + _UNSEALED.encode() + behind).hexdigest().encode() == written
 
 
+def _columns(schema: pa.Schema) -> list[str]:
+    """How Parquet names all columns but those of vectors."""
+    return [f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name for field in schema]
+
+
 def _receipt_in(metadata: pq.FileMetaData) -> Receipt:
     """The receipt that a shard carries, with the shard's checksum."""
     receipt = json.loads(metadata.metadata[_RECEIPT])
     return Receipt(**(receipt | {"checksum": metadata.metadata[_CHECKSUM].decode()}))
-
-
-def with_vectors(rows: pa.Table, vectors: NDArray[Any]) -> pa.Table:
-    """Rows with their vectors [rows, width] as a column."""
-    flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
-    return rows.append_column("vector", pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))
-
-
-def vectors_of(table: pa.Table) -> NDArray[Any]:
-    """[rows, width] of a table's column `vector`."""
-    column = table["vector"].combine_chunks()
-    width = column.type.list_size
-    return np.asarray(column.flatten().to_numpy(zero_copy_only=False)).reshape(-1, width)

@@ -210,8 +210,8 @@ class Tokenizer:
 
         Args:
             truncation: `truncate`, `error`, or `window`, where neighbouring windows share `overlap` tokens.
-            part: what becomes a vector: each `text` or pair; each `word` of the texts; or, of pairs, [CLS] and each
-                `token` of the second texts.
+            part: what becomes a vector: each `text` or pair; each `word` of the texts; or, of pairs, the first text
+                whole, [CLS], and each `token` of the second text.
 
         Raises:
             CheckpointError: the folder has no fast tokenizer.
@@ -455,14 +455,16 @@ def _words_of(encoding: Any, text: str, part: str, given: Ints | None) -> tuple[
     """The words of a text [words, 2] in characters, and in tokens [words, 2] of its row.
 
     Args:
-        part: `word`, or `token` for [CLS] and each token of the second text.
+        part: `word`, or `token` for the first text whole, [CLS], and each token of the second text.
         given: where the words are, if that is known.
     """
     owner = 1 if part == "token" else 0
     own = np.array([i for i, sequence in enumerate(encoding.sequence_ids) if sequence == owner], np.int64)
     spans = np.array([_stripped(text, *encoding.offsets[i]) for i in own.tolist()], np.int64).reshape(-1, 2)
     if part == "token":
-        return np.vstack([np.zeros((1, 2), np.int64), spans]), np.vstack([[[0, 1]], np.stack([own, own + 1], 1)])
+        question = [i for i, sequence in enumerate(encoding.sequence_ids) if sequence == 0] or [0]
+        before = [[question[0], question[-1] + 1], [0, 1]]
+        return np.vstack([np.zeros((2, 2), np.int64), spans]), np.vstack([before, np.stack([own, own + 1], 1)])
     if given is None:
         numbers = np.array([encoding.word_ids[i] for i in own.tolist()], np.int64)
         kept = spans[:, 0] < spans[:, 1]

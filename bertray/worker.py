@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -20,14 +20,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from bertray import checkpoints, labels
+from bertray.annotations import names_in, tags_of, words_of
 from bertray.errors import BertrayError, CheckpointError, ClusterError, StoreError
 from bertray.progress import log
 from bertray.sources import PREVIEW, Batch, Columns, Reader, Unit
 from bertray.spec import Encoder as EncoderSpec
 from bertray.storage import Location, retries
-from bertray.store import Attempt, Receipt, Store, with_vectors
+from bertray.store import Attempt, Receipt, Store
+from bertray.vectors import with_vectors
 
 UNITS_AT_ONCE = 3  # one is read, one encoded, one written
 _ATTEMPTS = 5  # at a unit in one run; those before it was begun in vain, since its process ended
@@ -45,7 +48,7 @@ class Job:
     label_names: tuple[str, ...]
     columns: dict[str, Columns]
     stores: dict[str, Store]
-    finish: Callable[[pa.Table, Any], pa.Table] = with_vectors
+    finish: Callable[[pa.Table, Any, Sequence[str]], pa.Table] = with_vectors
     run: str = ""
     patience: int = 600
 
@@ -100,7 +103,8 @@ class UnitEncoder:
                     f"{self.job.checkpoint} is not the same on {platform.node()} as where the job was started. Give "
                     "every node the same files."
                 )
-            return Encoder(checkpoint, self.job.encoder, device, threads)
+            (part,) = {columns.part for columns in self.job.columns.values()}
+            return Encoder(checkpoint, self.job.encoder, device, threads, part)
         except BertrayError:
             raise
         except Exception as error:
@@ -167,33 +171,36 @@ class UnitEncoder:
         started = time.perf_counter()
         columns, names = self.job.columns[split], self.job.label_names
         batch = self._read(split, unit)
-        counts = _labels(batch) if columns.label else {}
-        if names and columns.label:
-            labels.check(counts, names, unit.url)
+        if names and columns.label and columns.part == "text":  # a wrong one shows before anything is encoded
+            labels.check(_labels(batch.rows, columns), names, unit.url)
         pairs = batch.rows["text_pair"].to_pylist() if columns.text_pair else None
-        encoded, failed = self.encoder.encode_rows(batch.rows["text"].to_pylist(), pairs)
+        encoded, failed = self.encoder.encode_rows(batch.rows["text"].to_pylist(), pairs, _words(batch.rows))
         batch = set_aside(batch, failed)
         kept = np.delete(np.arange(len(encoded.tokens)), list(failed))
+        encoded = encoded.take(kept)
+        rows = _tagged(batch.rows, encoded.spans) if columns.form == "tokens" else batch.rows
+        counts = _labels(rows, columns) if columns.label else {}
+        if names and columns.label:
+            labels.check(counts, names, unit.url)
         receipt = Receipt(
             unit.key,
             len(kept),
             batch.rejects.num_rows,
-            _empty(batch.rows["text"]),
-            int(encoded.truncated[kept].sum()),
-            int(encoded.tokens[kept].sum()),
+            _empty(rows["text"]),
+            int(encoded.truncated.sum()),
+            int(encoded.tokens.sum()),
             round(time.perf_counter() - started, 4),
-            _labels(batch) if failed and columns.label else counts,
+            counts,
             self.encoder.backend.name,
-            int((encoded.windows[kept] > 1).sum()),
+            int((encoded.windows > 1).sum()),
             attempt.lost,
             self._new_retries(),
         )
         self._signs += 1
         if done := self.job.stores[split].receipt(unit.key):  # another process has gone on with what this one had
             return done
-        return self.job.stores[split].write_shard(
-            receipt, self.job.finish(batch.rows, encoded.vectors[kept]), batch.rejects
-        )
+        table = self.job.finish(rows, encoded, list(map(str, self.encoder.features)))
+        return self.job.stores[split].write_shard(receipt, table, batch.rejects)
 
     def _read(self, split: str, unit: Unit) -> Batch:
         reader = self._readers[split]
@@ -239,9 +246,32 @@ def set_aside(batch: Batch, failed: Mapping[int, str]) -> Batch:
     return Batch(batch.rows.take(good), pa.concat_tables([batch.rejects.cast(rejects.schema), rejects]))
 
 
-def _labels(batch: Batch) -> dict[str, int]:
-    """How many rows have each label."""
-    return dict(Counter(batch.rows["label"].to_pylist()))
+def _labels(rows: pa.Table, columns: Columns) -> dict[str, int]:
+    """How many rows, or words, have each label."""
+    kept = Counter(rows["label"].to_pylist())
+    counts: Counter[str] = Counter()
+    for label, times in kept.items():
+        for name in names_in(columns.form, label):
+            counts[name] += times
+    return dict(counts)
+
+
+def _words(rows: pa.Table) -> list[NDArray[np.int64] | None] | None:
+    """Where the words of texts are that came as lists of words."""
+    if "words" not in rows.column_names:
+        return None
+    return [None if lengths is None else words_of(lengths) for lengths in rows["words"].to_pylist()]
+
+
+def _tagged(rows: pa.Table, spans: NDArray[np.object_]) -> pa.Table:
+    """Rows with a tag for each word as their labels."""
+    cells = zip(rows["label"].to_pylist(), rows["words"].to_pylist(), spans, strict=True)
+    tags = [
+        label if label is None or words is not None else json.dumps(tags_of(label, places), ensure_ascii=False)
+        for label, words, places in cells
+    ]
+    rows = rows.drop_columns(["words"])
+    return rows.set_column(rows.column_names.index("label"), "label", pa.array(tags, pa.string()))
 
 
 def _empty(texts: pa.ChunkedArray) -> int:

@@ -275,7 +275,7 @@ def test_blocks_of_long_texts_hold_fewer():
     for pairs in (None, [""] * len(texts)):
         spans = [(span.start, span.stop) for span in _spans(_Inputs(texts, pairs), 4)]
         assert spans == [(0, 1), (1, 5), (5, 9), (9, 13), (13, 17), (17, 21), (21, 23)]
-    assert _spans([], None, 4) == []
+    assert _spans(_Inputs([], None), 4) == []
 
 
 @pytest.fixture(scope="module")
@@ -508,12 +508,13 @@ def test_words_of_the_tokenizers_own(minilm):
 
 
 def test_tokens_of_a_context(minilm):
-    encoder = Encoder(minilm, EncoderSpec(pooling="first", precision="fp32"), part="token")
+    encoder = Encoder(minilm, EncoderSpec(pooling="mean", precision="fp32"), part="token")
     encoded = encoder.encode(["Who flew?"], [SENTENCE])
     states, offsets, inputs = by_transformers(minilm, "Who flew?", SENTENCE)
+    np.testing.assert_allclose(encoded.vectors[0][0], states[1:4].mean(0), atol=1e-4)  # the question
     own = [0, *(i for i, kind in enumerate(inputs["token_type_ids"][0].tolist()) if kind)][:-1]
-    np.testing.assert_allclose(encoded.vectors[0], states[own], atol=1e-4)
-    np.testing.assert_array_equal(encoded.spans[0][1:], [offsets[i] for i in own[1:]])
+    np.testing.assert_allclose(encoded.vectors[0][1:], states[own], atol=1e-4)
+    np.testing.assert_array_equal(encoded.spans[0][2:], [offsets[i] for i in own[1:]])
 
 
 def test_words_of_long_texts_are_taken_where_most_is_around_them(minilm):

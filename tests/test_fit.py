@@ -11,7 +11,7 @@ from bertray.errors import ClusterError
 from bertray.fit import fit
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import Head, RaySizes
-from bertray.store import Manifest, Receipt, Store, with_vectors
+from bertray.store import Manifest, Receipt, Store
 
 CLASSES = {"negative": 0, "neutral": 1, "positive": 2}
 

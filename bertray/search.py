@@ -1,0 +1,263 @@
+"""Search: which features, penalty and the like do best on rows that were left out. Fits all candidates of one set of
+features together. Knows nothing of files or of Ray."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby, pairwise, product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bertray import calibration, metrics
+from bertray.errors import SpecError
+from bertray.features import Feature, features, parse
+from bertray.heads import LinearHead, probabilities
+from bertray.samples import Samples, Share, Wanted
+from bertray.solvers import Record, Trial, held_out, solve
+from bertray.spec import Head
+
+log = logging.getLogger("bertray")
+METRICS = {"name": "accuracy", "names": "micro F1", "number": "R2", "tokens": "entity F1", "answers": "log likelihood"}
+_KEPT = 50_000_000  # numbers of what is left out that are kept
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a head is fitted with."""
+
+    features: tuple[str, ...]
+    combine: str
+    l2: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The setting that does best, and what its heads give the rows that each was fitted without.
+
+    curve: for each setting its score, and how sure that is (95 %), where that is known.
+    logits: [rows, outputs], and targets: what was asked, of the rows that were left out, in their order; empty where none
+        were.
+    temperature: what logits are divided by, so that probabilities are what they say.
+    """
+
+    setting: Setting
+    metric: str = ""
+    curve: tuple[dict[str, Any], ...] = ()
+    logits: NDArray[np.float32] | None = None
+    targets: NDArray[Any] | None = None
+    temperature: float = 1.0
+
+
+def settings(spec: Head, stored: Sequence[str], layers: int) -> list[Setting]:
+    """All settings that a spec wants tried; one where it wants none.
+
+    Args:
+        stored: the features that there are.
+        layers: of the encoder.
+
+    Raises:
+        SpecError: it wants features that are not there.
+    """
+    search, every = spec.search, tuple(stored)
+    sets = [every]
+    if search.pooling or search.layers:
+        known = [parse(name) for name in stored]
+        numbers = tuple(sorted({feature.layer for feature in known}))
+        poolings = tuple(dict.fromkeys(feature.pooling for feature in known))
+        wanted = product(search.layers or (numbers,), search.pooling or (poolings,))
+        sets = list(dict.fromkeys(_present(features(names, of, layers), known) for of, names in wanted))
+    found = [
+        Setting(names, combine if len(names) > 1 else "concat", l2, seed)
+        for names, combine, l2, seed in product(
+            sets, search.combine or (spec.combine,), search.l2 or (spec.l2,), search.seeds or (spec.seed,)
+        )
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _present(wanted: Sequence[Feature], known: Sequence[Feature]) -> tuple[str, ...]:
+    for feature in wanted:
+        if feature not in known:
+            raise SpecError(
+                f"head.search asks for {feature}, which is not stored. Give encoder.pooling and encoder.layers all that "
+                f"is to be searched: there are {', '.join(map(str, known))}."
+            )
+    return tuple(map(str, wanted))
+
+
+def choose(samples: Samples, wanted: Wanted, candidates: Sequence[Setting], spec: Head, share: Share) -> Choice:
+    """The best of the candidates, by rows that were left out; the first, where none are."""
+    folds = 1 if len(wanted.stores) > 1 else wanted.folds
+    if not folds:
+        return Choice(candidates[0])
+    best: tuple[float, Setting, NDArray[np.float32]] | None = None
+    curve = []
+    for (names, combine), group in groupby(candidates, key=lambda each: (each.features, each.combine)):
+        same = list(group)
+        logits = _left_out(of(samples, wanted, same[0]), same, folds, combine, spec, share)
+        log.info("fitting: %d settings of %s tried on %d folds", len(same), _named(names), folds)
+        for setting, given in zip(same, logits, strict=True):
+            score, spread = _score(given, samples, wanted, share, folds)
+            curve.append({**asdict(setting), "score": score, "low": score - spread, "high": score + spread})
+            if best is None or score > best[0]:
+                best = (score, setting, given)
+    assert best is not None
+    logits, targets = _gathered(best[2], samples, share, folds)
+    for point in curve:
+        point["chosen"] = Setting(*(point[name] for name in ("features", "combine", "l2", "seed"))) == best[1]
+    heat = _temperature(samples.kind, logits, targets)
+    return Choice(best[1], METRICS[wanted.form], tuple(curve), logits, targets, heat)
+
+
+def of(samples: Samples, wanted: Wanted, setting: Setting) -> Samples:
+    """The samples by the features of a setting."""
+    stored = wanted.features
+    return samples.of([stored.index(name) for name in setting.features], setting.combine == "mean")
+
+
+def fit_one(
+    samples: Samples, wanted: Wanted, choice: Choice, spec: Head, share: Share, record: Record, **resume: Any
+) -> LinearHead:
+    """The head of a choice on all training rows, calibrated, over all of its features side by side."""
+    setting = choice.setting
+    spec = spec.model_copy(update={"combine": setting.combine, "seed": setting.seed, "l2": setting.l2})
+    stops = spec.early_stopping and len(wanted.stores) > 1
+    trial = Trial(setting.l2, 0 if stops else -1, setting.seed)
+    (head,) = solve(of(samples, wanted, setting), [trial], spec, share, record, **resume)
+    weight = head.weight / choice.temperature
+    if setting.combine == "mean":  # the same over features side by side
+        count = len(setting.features)
+        parts = np.split(weight, _relations(samples), 1)
+        weight = np.concatenate([np.tile(part / count, (1, count)) for part in parts], 1)
+    return LinearHead(np.ascontiguousarray(weight, np.float32), head.bias / np.float32(choice.temperature))
+
+
+def _relations(samples: Samples) -> int:
+    return 1 if samples.others is None else 4 if samples.questions is None else 2
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]}"
+
+
+def _left_out(
+    samples: Samples, same: Sequence[Setting], folds: int, combine: str, spec: Head, share: Share
+) -> NDArray[np.float32]:
+    """[settings, mine, outputs] what heads give the rows that they were fitted without."""
+    import torch
+
+    trials = [Trial(setting.l2, fold, setting.seed) for setting in same for fold in range(folds)]
+    spec = spec.model_copy(update={"combine": combine})
+    dtype = torch.float32 if spec.optimizer == "lbfgs" else None
+    heads = solve(samples, trials, spec, share, lambda loss: None, dtype=dtype)
+    return held_out(samples, heads, trials)
+
+
+def _score(
+    logits: NDArray[np.float32], samples: Samples, wanted: Wanted, share: Share, folds: int
+) -> tuple[float, float]:
+    """How well logits answer the rows that were left out, over all workers, higher being better; and half the width of
+    its 95 % interval, 0 where that is not known."""
+    left = (samples.folds < folds).cpu().numpy()
+    targets = samples.targets.cpu().numpy()
+    parts = share.gather(_counted(wanted.form, logits, targets, left, samples, wanted.classes))
+    if wanted.form == "tokens":
+        return float(metrics.entity_scores(metrics.sum_counts(parts))["micro"]["f1"]), 0.0
+    summed = np.sum(parts, 0)
+    if wanted.form == "name":
+        right, rows = summed
+        share_right = right / max(1, rows)
+        return float(share_right), 1.96 * math.sqrt(share_right * (1 - share_right) / max(1, rows))
+    if wanted.form == "names":
+        return float(metrics.micro(summed)["f1"]), 0.0
+    if wanted.form == "number":
+        rows, total, squares, errors = summed
+        return float(1 - errors / max(1e-30, squares - total**2 / max(1, rows))), 0.0
+    return float(summed[0] / max(1, summed[1])), 0.0
+
+
+def _counted(
+    form: str,
+    logits: NDArray[np.float32],
+    targets: NDArray[Any],
+    left: NDArray[np.bool_],
+    samples: Samples,
+    classes: Mapping[str, int],
+) -> Any:
+    """What a worker's rows add to a score."""
+    if form == "tokens":
+        names = [name for name, _ in sorted(classes.items(), key=lambda item: item[1])]
+        return _entities(logits.argmax(1), targets, left, samples, names)
+    if form == "answers":
+        return _likelihood(logits, targets, left, samples)
+    logits, targets = logits[left], targets[left]
+    if form == "name":
+        return np.array([(logits.argmax(1) == targets).sum(), len(targets)])
+    if form == "names":
+        return metrics.label_counts(targets > 0, logits > 0)
+    y = targets.astype(np.float64)
+    return np.array([y.size, y.sum(), (y**2).sum(), ((y - logits) ** 2).sum()])
+
+
+def _entities(
+    given: NDArray[np.int64], true: NDArray[np.int64], left: NDArray[np.bool_], samples: Samples, names: Sequence[str]
+) -> Any:
+    assert samples.edges is not None
+    spans = [(i, j) for i, j in pairwise(samples.edges.tolist()) if i < j and left[i]]
+    tags = ([[names[tag] for tag in part[i:j]] for i, j in spans] for part in (true.tolist(), given.tolist()))
+    return metrics.entity_counts(*tags)
+
+
+def _likelihood(
+    logits: NDArray[np.float32], targets: NDArray[np.float32], left: NDArray[np.bool_], samples: Samples
+) -> NDArray[np.float64]:
+    """The sum over questions of the log of the probability of their answers' start and end, and how many there are."""
+    assert samples.edges is not None
+    edges = samples.edges.cpu().numpy()
+    starts = edges[:-1]
+    shifted = logits.astype(np.float64) - np.repeat(np.maximum.reduceat(logits, starts), np.diff(edges), 0)
+    log_p = shifted - np.repeat(np.log(np.add.reduceat(np.exp(shifted), starts)), np.diff(edges), 0)
+    each = np.add.reduceat(np.where(targets > 0, targets * log_p, 0), starts).mean(1)
+    return np.array([each[left[starts]].sum(), left[starts].sum()])
+
+
+def _gathered(
+    logits: NDArray[np.float32], samples: Samples, share: Share, folds: int
+) -> tuple[NDArray[np.float32], NDArray[Any]]:
+    """The logits and targets of all workers' rows that were left out, in the order of the rows."""
+    edges = np.arange(len(logits) + 1) if samples.edges is None else samples.edges.cpu().numpy()
+    room = _KEPT // share.world // max(1, logits.shape[1])
+    groups = int(np.searchsorted(edges, room, side="right")) - 1
+    kept = np.flatnonzero((samples.folds < folds).cpu().numpy()[edges[:groups]]) if groups else np.zeros(0, np.int64)
+    if groups < len(edges) - 1:
+        log.info("fitting: of the rows that were left out %d are looked at more closely", groups * share.world)
+    targets = samples.targets.cpu().numpy()
+    mine = [(logits[edges[g] : edges[g + 1]], targets[edges[g] : edges[g + 1]]) for g in kept.tolist()]
+    numbers = (kept * share.world + share.rank).tolist()
+    every = sorted((number, part) for worker in share.gather(list(zip(numbers, mine, strict=True))) for number, part in worker)
+    if not every:
+        return logits[:0], targets[:0]
+    return np.concatenate([part[0] for _, part in every]), np.concatenate([part[1] for _, part in every])
+
+
+def _temperature(kind: str, logits: NDArray[np.float32], targets: NDArray[Any]) -> float:
+    if not len(logits) or kind not in ("softmax", "sigmoid"):
+        return 1.0
+    if kind == "sigmoid":
+        return calibration.temperature_of_labels(logits, targets > 0)
+    return calibration.temperature(logits, targets)
+
+
+def confidence(choice: Choice) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """[rows] the probability of what is answered, calibrated, and whether it is right, of the rows left out."""
+    assert choice.logits is not None and choice.targets is not None
+    p = probabilities("softmax", choice.logits / np.float32(choice.temperature))
+    return p.max(1), p.argmax(1) == choice.targets
+
+
+__all__ = ["Choice", "Setting", "choose", "confidence", "fit_one", "settings"]
+_ = replace
