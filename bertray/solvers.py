@@ -72,8 +72,10 @@ def solve(
     form = _Form(samples.outputs, samples.width, samples.blocks if spec.combine == "mix" else 1)
     flat = (_to_optimum if exact else _in_batches)(rows, form, trials, spec, share, record, start or {}, save)
     weight, bias = form.spread(flat.double())
-    weight /= rows.scale
-    bias -= weight @ rows.centre
+    weight = weight / rows.scale
+    bias = bias - weight @ rows.centre
+    if samples.kind == "span":  # the same for all rows of a group: it changes nothing
+        bias = torch.zeros_like(bias)
     arrays = zip(weight.float().cpu().numpy(), bias.float().cpu().numpy(), strict=True)
     return [LinearHead(weight, bias) for weight, bias in arrays]
 
@@ -171,6 +173,7 @@ class _Rows:
     """The rows of one worker, centred and scaled.
 
     centre, scale: [width] in float64; moved says whether they do anything.
+    deviation: [width] of what comes out, about; 1 where it is not known or zero.
     held: all rows in parts, where there is room for them.
     """
 
@@ -178,6 +181,7 @@ class _Rows:
     dtype: "torch.dtype"
     centre: "torch.Tensor"
     scale: "torch.Tensor"
+    deviation: "torch.Tensor"
     moved: bool
     held: "dict[int, torch.Tensor]" = field(default_factory=dict)
 
@@ -186,11 +190,13 @@ class _Rows:
         import torch
 
         centre = torch.zeros(samples.width, dtype=torch.float64, device=samples.device)
-        scale = torch.ones_like(centre)
+        scale = deviation = torch.ones_like(centre)
         if centred:
             centre, deviation = _moments(samples, share)
-            scale = torch.where(deviation > 0, deviation, 1.0) if scaled else scale
-        return cls(samples, dtype, centre, scale, centred)
+            deviation = torch.where(deviation > 0, deviation, 1.0)
+        if scaled:
+            scale, deviation = deviation, scale
+        return cls(samples, dtype, centre, scale, deviation, centred)
 
     def take(self, rows: "torch.Tensor | slice") -> "torch.Tensor":
         """[rows, width] of some of the vectors."""
@@ -457,7 +463,7 @@ class _Curvature:
         else:
             values, basis = _decomposed(_moments_of(rows, form, share, crossed=True), share)
             self._basis = basis.to(rows.dtype)
-        least = torch.finfo(rows.dtype).eps ** 0.5 * values.max().clamp_min(1e-30)
+        least = 10 * torch.finfo(rows.dtype).eps * values.max().clamp_min(1e-30)
         self._values = self._curved * values.clamp_min(float(least))
 
     def __call__(self, gradient: "torch.Tensor", l2: "torch.Tensor") -> "torch.Tensor":
@@ -472,18 +478,20 @@ class _Curvature:
 
 def _moments_of(rows: _Rows, form: _Form, share: Share, crossed: bool = False) -> "torch.Tensor":
     """The mean of x x' over the rows of all workers [inner, inner], or its diagonal [inner]; of blocks that are mixed,
-    with the equal shares that fits begin with."""
+    with the equal shares that fits begin with. Columns are divided by their deviations meanwhile, so that in float32 those
+    of small numbers are not lost beside the others."""
     import torch
 
+    scale = rows.deviation.view(form.blocks, form.inner).mean(0)
     shape = (form.inner, form.inner) if crossed else (form.inner,)
     total = torch.zeros(*shape, dtype=torch.float64, device=rows.samples.device)
     counted = rows.samples.weights.double().sum()
     for part, x, _ in rows.parts():
-        x = x.view(len(x), form.blocks, form.inner).mean(1) if form.blocks > 1 else x
+        x = (x.view(len(x), form.blocks, form.inner).mean(1) if form.blocks > 1 else x) / scale.to(x.dtype)
         weighted = rows.samples.weights[part].to(x.dtype)
         total += (x * weighted[:, None]).T @ x if crossed else weighted @ x.square()
     share.sum(total, counted)
-    return total / counted.clamp_min(1e-30)
+    return total / counted.clamp_min(1e-30) * (torch.outer(scale, scale) if crossed else scale.square())
 
 
 def _decomposed(gram: "torch.Tensor", share: Share) -> "tuple[torch.Tensor, torch.Tensor]":
@@ -585,15 +593,14 @@ class _Walk:
         return state | {"flat": flat, "least": losses, "idle": idle, "epoch": epoch, "generator": generator}
 
     def _first(self, seed: int) -> "torch.Tensor":
-        """[size] as torch begins; equal shares."""
+        """[size] as torch.nn.Linear begins, with equal shares."""
         import torch
 
-        torch.manual_seed(seed)
-        linear = torch.nn.Linear(self._form.inner, self._form.outputs)
-        found = torch.zeros(self._form.size, dtype=self._rows.dtype)
-        numbers = torch.cat([linear.weight.detach().view(-1), linear.bias.detach()])
-        found[: len(numbers)] = numbers
-        return found
+        form, generator = self._form, torch.Generator().manual_seed(seed)
+        flat = torch.zeros(1, form.size)
+        torch.nn.init.kaiming_uniform_(form.weight(flat)[0], math.sqrt(5), generator=generator)
+        form.bias(flat).uniform_(-1 / math.sqrt(form.inner), 1 / math.sqrt(form.inner), generator=generator)
+        return flat[0].to(self._rows.dtype)
 
     def epoch(self, state: State) -> float:
         """Every row once; the mean objective."""
