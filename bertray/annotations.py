@@ -24,6 +24,18 @@ NESTED = ("names", "number", "tokens", "answers")  # forms whose cells are read 
 OUTSIDE = "O"
 
 
+def form_of(task: str, problem: str) -> str:
+    """What the labels of a task are."""
+    if task != "text-classification":
+        return "tokens" if task == "token-classification" else "answers"
+    return {"single_label": "name", "multi_label": "names", "regression": "number"}[problem]
+
+
+def part_of(form: str) -> str:
+    """What of the texts becomes a vector: each text (or pair), each word, or each token of the second text."""
+    return {"tokens": "word", "answers": "token"}.get(form, "text")
+
+
 class Wrong(ValueError):
     """What is wrong with a cell, as the end of a sentence such as `label is no list`."""
 

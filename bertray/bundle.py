@@ -9,6 +9,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bertray.annotations import form_of, part_of
 from bertray.errors import BundleError
 from bertray.heads import LinearHead
 from bertray.storage import Location
@@ -26,7 +27,11 @@ class Bundle:
     encoder: the spec's encoder section, with the hashes (`identity`) of the checkpoint it was fitted on.
     columns: the names that the training rows used, for batch prediction.
     fingerprint: of the vectors and settings that it was fitted on.
-    metrics: split -> accuracy, macro_f1, loss, rows; empty until it is evaluated.
+    metrics: split -> name -> figure; empty until it is evaluated.
+    temperature: what the logits were divided by on rows left out, already in the weights.
+    threshold: how sure the head has to be: below that probability a row gets no label. Of a question: by how much no
+        answer has to be likelier than the best one, in logits.
+    lengths: of answers to questions: the log of how probable those of 1, 2, ... tokens are.
     """
 
     task: str
@@ -41,7 +46,25 @@ class Bundle:
     fingerprint: str
     versions: dict[str, str]
     head: LinearHead
-    metrics: dict[str, dict[str, float]]
+    metrics: dict[str, dict[str, float | None]]
+    temperature: float = 1.0
+    threshold: float = 0.0
+    lengths: tuple[float, ...] = ()
+
+    @property
+    def form(self) -> str:
+        """What its labels are, as in `annotations`."""
+        return form_of(self.task, self.problem)
+
+    @property
+    def part(self) -> str:
+        """What of its texts becomes a vector."""
+        return part_of(self.form)
+
+    @property
+    def siamese(self) -> bool:
+        """Whether the texts of its pairs are encoded apart."""
+        return self.pairs and self.encoder["pair"] == "siamese"
 
     @property
     def pairs(self) -> bool:
@@ -58,7 +81,7 @@ def save(bundle: Bundle, url: str) -> None:
     (folder / "bundle.json").delete()
     (folder / "head.safetensors").write(to_bytes(asdict(bundle.head)))
     (folder / "README.md").write(_card(bundle).encode())
-    (folder / "bundle.json").write(json.dumps(fields, indent=1, ensure_ascii=False).encode())
+    (folder / "bundle.json").write(json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False).encode())
 
 
 def load(url: str) -> Bundle:
@@ -80,7 +103,7 @@ def load(url: str) -> Bundle:
                 "Install the bertray that wrote it, or fit again."
             )
         head = LinearHead(**from_bytes((folder / "head.safetensors").read()))
-        lists = {name: tuple(fields[name]) for name in ("labels", "features", "losses")}
+        lists = {name: tuple(fields[name]) for name in ("labels", "features", "losses", "lengths")}
         bundle = Bundle(**{**fields, **lists}, head=head)
     except FileNotFoundError:
         raise BundleError(
@@ -88,27 +111,30 @@ def load(url: str) -> Bundle:
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError, OSError) as error:
         raise BundleError(f"{url} is damaged ({error}). Fit it again, or copy it again.") from None
-    if head.weight.shape[0] != len(bundle.labels) or head.bias.shape != head.weight.shape[:1]:
+    outputs = 2 if bundle.task == "question-answering" else len(bundle.labels)
+    if head.weight.shape[0] != outputs or head.bias.shape != head.weight.shape[:1]:
         raise BundleError(f"{url} is damaged: {len(bundle.labels)} labels, but weights {head.weight.shape}.")
     return bundle
 
 
 def _card(bundle: Bundle) -> str:
     encoder = bundle.encoder
-    rows = (
-        "\n".join(
-            f"| {split} | {m['rows']:.0f} | {m['accuracy']:.4f} | {m['macro_f1']:.4f} | {m['loss']:.4f} |"
-            for split, m in bundle.metrics.items()
-        )
-        or "| not evaluated yet | | | | |"
+    names = list(dict.fromkeys(name for figures in bundle.metrics.values() for name in figures))
+    header = (
+        "| split | " + " | ".join(name.replace("_", " ") for name in names) + " |\n" + "|---" * (len(names) + 1) + "|\n"
     )
-    settings = ", ".join(f"{name} {value}" for name, value in bundle.head_spec.items())
+    rows = "\n".join(
+        f"| {split} | {' | '.join(_figure(name, figures.get(name)) for name in names)} |"
+        for split, figures in bundle.metrics.items()
+    )
+    settings = ", ".join(f"{name} {value}" for name, value in bundle.head_spec.items() if name != "search")
+    kind = bundle.task if bundle.problem == "single_label" else f"{bundle.task} ({bundle.problem})"
     return f"""---
 library_name: bertray
 pipeline_tag: {bundle.task}
 base_model: {encoder["model"]}
 ---
-# {bundle.task} on {encoder["model"]}
+# {kind} on {encoder["model"]}
 
 A linear head on frozen vectors, fitted by [bertray]. It holds no encoder: `{encoder["model"]}`
 (revision {encoder["revision"]}, weights sha256 {encoder["identity"]["weights"][:16]}...) is loaded beside it.
@@ -116,20 +142,28 @@ A linear head on frozen vectors, fitted by [bertray]. It holds no encoder: `{enc
 - Labels: {", ".join(bundle.labels)}
 - Input: {"pairs of texts" if bundle.pairs else "single texts"}, at most {encoder["max_length"]} tokens
   (longer ones: {encoder["truncation"]})
-- Vectors: {encoder["pooling"]} pooling, {bundle.head.weight.shape[1]} wide, precision {encoder["precision"]}
+- Vectors: {", ".join(bundle.features)}, {bundle.head.weight.shape[1]} numbers, precision {encoder["precision"]}
 - Fitted with: {settings}
+- Probabilities: temperature {bundle.temperature:.3f}, found on rows left out{_told_threshold(bundle)}
 
-| split | rows | accuracy | macro F1 | log loss |
-|---|---|---|---|---|
-{rows}
+{header + rows if rows else "Not evaluated yet."}
 
 Use it:
 
     import bertray
-    labels, probabilities = bertray.load("PATH OF THIS FOLDER").predict(["a text"])
+    answers = bertray.load("PATH OF THIS FOLDER").predict([{'"a text"'}])
 
-Limits: it knows its labels only, and always answers one of them; on text unlike its training rows its
-probabilities mean little.
+Limits: it knows its labels only; on text unlike its training rows its probabilities mean little.
 
 [bertray]: a distributed job that encodes text once and fits heads on the vectors.
 """
+
+
+def _figure(name: str, value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}" if name == "rows" else f"{value:.4f}"
+
+
+def _told_threshold(bundle: Bundle) -> str:
+    if bundle.form != "name" or not bundle.threshold:
+        return ""
+    return f"; no label below {bundle.threshold:.3f}"

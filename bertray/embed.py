@@ -46,6 +46,8 @@ def embed(
     ready: Callable[[float], None] = lambda seconds: None,
     max_rejects: float = 1.0,
     run: str = "",
+    features: tuple[str, ...] = (),
+    siamese: bool = False,
 ) -> dict[str, Manifest]:
     """Complete the stores of all splits, encoding what is missing, in one pipeline.
 
@@ -55,6 +57,8 @@ def embed(
         ready: is told after how many seconds the first encoder process was ready, if one was started.
         max_rejects: rows of a split that may be set aside: a count, or a share if it is a float.
         run: tells this run's attempts from those of others.
+        features: what vectors consist of; empty where the spec tells.
+        siamese: whether the texts of pairs are encoded apart, as far as they lie in one unit.
 
     Raises:
         BertrayError: whatever stopped a worker, or too many rows were set aside.
@@ -79,6 +83,8 @@ def embed(
             finish,
             run,
             sizes.patience,
+            features,
+            siamese,
         )
         total = sum(unit.rows for split in splits for unit in split.units)
         missing = sum(unit.rows for _, unit in todo)

@@ -79,7 +79,13 @@ class Encoder:
     encodes, the others tokenize."""
 
     def __init__(
-        self, checkpoint: Checkpoint, spec: EncoderSpec, device: str = "cpu", threads: int = 0, part: str = "text"
+        self,
+        checkpoint: Checkpoint,
+        spec: EncoderSpec,
+        device: str = "cpu",
+        threads: int = 0,
+        part: str = "text",
+        wanted: Sequence[Feature] = (),
     ) -> None:
         """Load the checkpoint.
 
@@ -88,6 +94,7 @@ class Encoder:
             threads: CPU threads to compute with; 0 leaves torch's default.
             part: what becomes a vector: each `text` or pair; each `word` of the texts; or, of pairs, the first text
                 whole, [CLS], and each `token` of the second text.
+            wanted: the features to give; left out, those that the spec tells.
 
         Raises:
             CheckpointError: the checkpoint lacks what the spec asks of it.
@@ -96,7 +103,7 @@ class Encoder:
             torch.set_num_threads(threads)
             os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's own pool
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
-        self.features = features(spec.pooling, spec.layers, checkpoint.layers)
+        self.features = tuple(wanted) or features(spec.pooling, spec.layers, checkpoint.layers)
         model = _load(checkpoint, spec, self.features)
         self.width = len(self.features) * int(model.config.hidden_size)
         self.tokenizer = Tokenizer(checkpoint.folder, spec.max_length, spec.truncation, spec.overlap, part)

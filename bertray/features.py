@@ -59,8 +59,8 @@ def features(poolings: str | Sequence[str], layers: str | int | Sequence[int], c
 
 
 def related(u: Any, v: Any, pair: bool = True) -> Any:
-    """What a head sees of two vectors [n, width], side by side: of a pair of texts u, v, abs(u - v) and u * v (Conneau et
-    al. 2017); of a token u and its question v, u and u * v. For arrays and tensors."""
+    """What a head sees of two vectors [n, width], side by side: of a pair of texts u, v, abs(u - v) and u * v (Conneau
+    et al. 2017); of a token u and its question v, u and u * v. For arrays and tensors."""
     parts = (u, v, abs(u - v), u * v) if pair else (u, u * v)
     if hasattr(u, "numpy"):
         import torch

@@ -8,53 +8,57 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bertray.errors import ClusterError
 from bertray.heads import LinearHead
 from bertray.progress import Progress, log
-from bertray.samples import Share, samples
-from bertray.solvers import solve
+from bertray.samples import Share, Wanted, samples
+from bertray.search import Choice, choose, fit_one, lengths_of, settings
 from bertray.spec import Head, RaySizes
-from bertray.store import Store
 
-RECIPE = 1  # raised when a change of code gives another head for the same settings
+RECIPE = 2  # raised when a change of code gives another head for the same settings
 _POLL_SECONDS = 0.5
+_CHECKPOINT_SECONDS = 10.0
+_FAILURES = 3  # of Ray Train's workers that are made good
 Tell = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """head: the head; losses: the objective after each epoch (adam, sgd) or at each evaluation (lbfgs);
-    seconds: time spent fitting, without the start of processes."""
+    """head: the head, over the features of choice.setting side by side; choice: what it was fitted with, and why;
+    losses: the objective after each epoch (adam, sgd) or at each evaluation (lbfgs); seconds: time spent fitting,
+    without the start of processes; lengths: see `search.lengths_of`."""
 
     head: LinearHead
+    choice: Choice
     losses: list[float]
     seconds: float
+    lengths: tuple[float, ...] = ()
 
 
-def fit(store: Store, classes: Mapping[str, int], names: int, spec: Head, sizes: RaySizes | None = None) -> Fitted:
-    """Fit a linear head on a complete store.
+def fit(wanted: Wanted, spec: Head, layers: int, sizes: RaySizes | None = None) -> Fitted:
+    """Fit a linear head on complete stores.
 
     Args:
-        classes: class index of each label in the store.
-        names: number of classes.
+        layers: of the encoder.
         sizes: how many Ray Train workers (0 fits in this process: Ray Train's local mode, the same code), how much
             they may hold in memory, and on which device.
 
     Raises:
         ClusterError: the cluster cannot hold that many workers.
+        SpecError: what is to be searched is not stored.
     """
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     sizes = sizes or RaySizes()
     config = {
-        "store": store.url,
-        "classes": dict(classes),
-        "names": names,
-        "head": spec.model_dump(),
+        "wanted": wanted,
+        "candidates": settings(spec, wanted.features, layers),
+        "head": spec,
         "memory": sizes.fit_memory,
         "device": sizes.device,
     }
@@ -65,10 +69,10 @@ def fit(store: Store, classes: Mapping[str, int], names: int, spec: Head, sizes:
         def tell(step: int, loss: float) -> None:
             progress.add(1, f"loss {loss:.4f}")
 
-        return Fitted(**(_fit_on(sizes.fit_workers, config, tell) if sizes.fit_workers else _fit_here(config, tell)))
+        return _fit_on(sizes.fit_workers, config, tell) if sizes.fit_workers else _fit_here(config, tell)
 
 
-def _fit_here(config: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def _fit_here(config: dict[str, Any], tell: Tell) -> Fitted:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -78,9 +82,9 @@ def _fit_here(config: dict[str, Any], tell: Tell) -> dict[str, Any]:
     return trainer.fit().return_value
 
 
-def _fit_on(workers: int, config: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def _fit_on(workers: int, config: dict[str, Any], tell: Tell) -> Fitted:
     import ray
-    from ray.train import RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     cpus, gpus = (ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU"))
@@ -96,7 +100,9 @@ def _fit_on(workers: int, config: dict[str, Any], tell: Tell) -> dict[str, Any]:
             _train_worker,
             train_loop_config=config,
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=config["device"] != "cpu" and gpus >= workers),
-            run_config=RunConfig(name="bertray", storage_path=folder),
+            run_config=RunConfig(
+                name="bertray", storage_path=folder, failure_config=FailureConfig(max_failures=_FAILURES)
+            ),
         )
         # Not in the main thread: there Train takes over SIGINT and keeps it.
         pool = ThreadPoolExecutor(1)
@@ -125,27 +131,69 @@ class Board:
         return news
 
 
-def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
+def _train_worker(config: dict[str, Any]) -> Fitted:
     import ray.train
 
     first = ray.train.get_context().get_world_rank() == 0
-    return train(config, (lambda step, loss: config["board"].put.remote(step, loss)) if first else lambda *_: None)
+    tell = (lambda step, loss: config["board"].put.remote(step, loss)) if first else lambda *_: None
+    return train(config, tell, _Checkpoints())
 
 
-def train(config: dict[str, Any], tell: Tell) -> dict[str, Any]:
-    """The training function: what each worker runs. Returns the fields of Fitted."""
+def train(config: dict[str, Any], tell: Tell, checkpoints: "_Checkpoints | None" = None) -> Fitted:
+    """The training function: what each worker runs."""
     import ray.train
 
     context = ray.train.get_context()
     share = Share(context.get_world_rank(), context.get_world_size())
-    spec = Head(**config["head"])
+    wanted, spec = config["wanted"], config["head"]
     losses: list[float] = []
 
     def record(loss: float) -> None:
         losses.append(loss)
         tell(len(losses), loss)
 
-    with samples(Store(config["store"]), config["classes"], share, config["memory"], config["device"]) as mine:
+    with samples(wanted, share, config["memory"], config["device"]) as mine:
         started = time.perf_counter()
-        head = solve(mine, config["names"], spec, share, record)
-        return {"head": head, "losses": losses, "seconds": time.perf_counter() - started}
+        before = checkpoints.load() if checkpoints else {}
+        choice = before.get("choice") or choose(mine, wanted, config["candidates"], spec, share)
+        losses += before.get("losses", [])
+        resume: dict[str, Any] = {"start": before.get("state")}
+        if checkpoints:
+            resume["save"] = lambda state: checkpoints.save({"choice": choice, "losses": losses, "state": state}, share)
+        head = fit_one(mine, wanted, choice, spec, share, record, **resume)
+        lengths = lengths_of(mine, share) if wanted.form == "answers" else ()
+        return Fitted(head, choice, losses, time.perf_counter() - started, lengths)
+
+
+class _Checkpoints:
+    """What a worker that is begun again goes on from: kept now and then, since each report to Ray Train takes time."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def load(self) -> dict[str, Any]:
+        import ray.train
+        import torch
+
+        found = ray.train.get_checkpoint()
+        if found is None:
+            return {}
+        log.warning("fitting: a worker ended; it goes on from the last checkpoint")
+        with found.as_directory() as folder:
+            state: dict[str, Any] = torch.load(Path(folder) / "state.pt", weights_only=False)  # our own, of this run
+        return state
+
+    def save(self, state: dict[str, Any], share: Share) -> None:
+        """Keep a state, if it is time for that: the first worker's clock tells."""
+        import ray.train
+        import torch
+
+        if not share.gather(time.monotonic() - self._last > _CHECKPOINT_SECONDS)[0]:
+            return
+        self._last = time.monotonic()
+        if share.rank:
+            ray.train.report({})
+            return
+        with tempfile.TemporaryDirectory(prefix="bertray-") as folder:
+            torch.save(state, Path(folder) / "state.pt")
+            ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(folder))

@@ -4,28 +4,35 @@ import importlib
 import json
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
+from bertray import answers, checkpoints, labels, pairs
 from bertray import bundle as bundles
-from bertray import checkpoints, labels
 from bertray.bundle import Bundle
 from bertray.cluster import connected
 from bertray.embed import embed, reasons, versions
 from bertray.errors import BundleError, SourceError, SpecError
-from bertray.evaluate import Evaluation, evaluate
+from bertray.evaluate import Evaluation, evaluate, reliability_of
+from bertray.examine import details as examine
 from bertray.lease import held
 from bertray.progress import log
+from bertray.samples import Wanted
+from bertray.search import Choice, from_bytes, threshold, to_bytes
 from bertray.spec import Spec, fingerprint, load_spec
 from bertray.splits import Split, changed_files, splits_of
 from bertray.storage import Location, output_folder, retries
-from bertray.store import Manifest, Receipt, Store, vectors_of
+from bertray.store import Manifest, Receipt, Store
 
+_JUDGED = ("train", "dev", "test")
 STEPS = ("embed", "fit", "evaluate")
 
 
@@ -33,6 +40,7 @@ def run(
     spec: str | Path | Mapping[str, Any] | Spec,
     *,
     train: Any = None,
+    dev: Any = None,
     test: Any = None,
     overrides: Sequence[str] = (),
     until: str = "evaluate",
@@ -43,7 +51,7 @@ def run(
         spec: YAML file, mapping or Spec.
         train: rows to use in place of data.train: a `datasets.Dataset`, a pandas frame, an Arrow table or a Ray
             Dataset.
-        test: likewise for data.test.
+        dev, test: likewise for data.dev and data.test.
         overrides: such as `encoder.pooling=mean`.
         until: `embed`, `fit` or `evaluate` (which writes the report too).
 
@@ -58,7 +66,7 @@ def run(
     spec = load_spec(spec, overrides)
     folder = output_folder(spec.output)
     with held(folder) as holder:
-        return _Run(spec, folder, holder.run, {"train": train, "test": test}).until(until)
+        return _Run(spec, folder, holder.run, {"train": train, "dev": dev, "test": test}).until(until)
 
 
 class _Run:
@@ -73,6 +81,7 @@ class _Run:
         self.splits, self.label_names = splits_of(spec, self.checkpoint, self.folder, given)
         self.seconds["prepare"] = round(time.perf_counter() - started, 3)
         self.manifests: dict[str, Manifest] = {}
+        self.choice: Choice | None = None
         path = self.folder / "metrics.json"
         try:
             self.saved: dict[str, Any] = json.loads(path.read()) if path.exists() else {}
@@ -104,9 +113,13 @@ class _Run:
         """Complete the stores; `fits` tells whether a head will be fitted afterwards. Until the first encoder process
         is ready, the time is that of the step `start`."""
         started = time.perf_counter()
+        if self._siamese:
+            found = pairs.apart(self.splits, self.spec.encoder, self.checkpoint, self.folder, self.label_names)
+            self.manifests |= found.manifests
+            self.splits = [*found.splits, found.texts]
         open_splits = []
         for split in self.splits:
-            manifest = split.store.manifest()
+            manifest = self.manifests.get(split.name) or split.store.manifest()
             if manifest and manifest.holds([unit.key for unit in split.units]):
                 self.manifests[split.name] = manifest
             else:
@@ -155,50 +168,71 @@ class _Run:
         from bertray.fit import RECIPE, fit
 
         names, classes = self._classes()
-        train = self.manifests["train"]
+        fitted_on = [self.manifests[name] for name in ("train", "dev", "texts") if name in self.manifests]
         made = fingerprint(
             {
                 "recipe": RECIPE,
-                "store": train.fingerprint,
-                "units": [unit.unit for unit in train.units],
+                "stores": [[part.fingerprint, *(unit.unit for unit in part.units)] for part in fitted_on],
                 "labels": names,
                 "classes": classes,
-                "head": self.spec.head.model_dump(),
+                "form": self.spec.form,
+                "head": self.spec.head.model_dump(mode="json"),
             }
         )
-        folder = (self.folder / "head").url
-        if (done := _loaded(folder)) and done.fingerprint == made:
+        folder, kept = (self.folder / "head").url, self.folder / "left_out.npz"
+        if (done := _loaded(folder)) and done.fingerprint == made and (choice := _kept(kept)):
             log.info("fitting: done already")
-            self.seconds["fit"] = 0.0
+            self.seconds["fit"], self.choice = 0.0, choice
             return done
         self._imports.wait("torch", "ray.train.torch")
         if self.spec.ray.fit_workers:
             self._join_ray()
-        fitted = fit(self._store("train"), classes, len(names), self.spec.head, self.spec.ray)
-        columns = self.spec.data.model_dump(include={"text", "text_pair", "label", "id"})
-        encoder = {
-            **self.spec.encoder.model_dump(),
-            "model": self.checkpoint.name,
-            "identity": self.checkpoint.identity,
-        }
+        fitted = fit(self._wanted(names, classes), self.spec.head, self.checkpoint.layers, self.spec.ray)
+        self.choice = fitted.choice
         (self.folder / "metrics.json").delete()  # its figures are another head's
-        bundle = Bundle(
-            self.spec.task,
-            "single_label",
-            names,
-            (f"{self.spec.encoder.pooling}_{self.checkpoint.layers}",),
-            encoder,
-            columns,
-            self.spec.head.model_dump(),
-            tuple(fitted.losses),
-            fitted.seconds,
-            made,
-            versions(),
-            fitted.head,
-            {},
-        )
+        bundle = self._bundle(names, fitted, made)
+        kept.write(to_bytes(fitted.choice))
         bundles.save(bundle, folder)
         return bundle
+
+    def _wanted(self, names: tuple[str, ...], classes: dict[str, int]) -> Wanted:
+        spec = self.spec.head
+        return Wanted(
+            tuple(self._store(name) for name in ("train", "dev") if name in self.manifests),
+            self.spec.form,
+            classes,
+            2 if self.spec.form == "answers" else len(names),
+            spec.folds,
+            spec.seed,
+            spec.class_weight == "balanced",
+            self._store("texts") if self._siamese else None,
+        )
+
+    def _bundle(self, names: tuple[str, ...], fitted: Any, made: str) -> Bundle:
+        spec, choice = self.spec, fitted.choice
+        setting = asdict(choice.setting)
+        return Bundle(
+            task=spec.task,
+            problem=spec.problem,
+            labels=names,
+            features=tuple(setting.pop("features")),
+            encoder={
+                **spec.encoder.model_dump(mode="json"),
+                "model": self.checkpoint.name,
+                "identity": self.checkpoint.identity,
+            },
+            columns=spec.data.model_dump(include={"text", "text_pair", "label", "id"}),
+            head_spec={**spec.head.model_dump(mode="json"), **setting},
+            losses=tuple(fitted.losses),
+            seconds=fitted.seconds,
+            fingerprint=made,
+            versions=versions(),
+            head=fitted.head,
+            metrics={},
+            temperature=choice.temperature,
+            threshold=threshold(choice, spec.head.answer_accuracy, spec.form, fitted.lengths),
+            lengths=fitted.lengths,
+        )
 
     def evaluate(self, bundle: Bundle) -> dict[str, Any]:
         made = fingerprint(
@@ -215,26 +249,32 @@ class _Run:
             log.info("evaluating: done already")
             return {**self.saved, **self._places()}
         path.delete()  # while predictions and report change, they are nobody's
-        for name in ("train", "test"):
+        for name in _JUDGED:
             (self.folder / "predictions" / f"{name}.parquet").delete()
         before = {step: s for step, s in self.saved.get("seconds", {}).items() if step in ("start", "embed", "fit")}
         self.seconds = {**before, **{step: s for step, s in self.seconds.items() if s}}
-        names, classes = self._classes()
+        _, classes = self._classes()
+        texts = self._store("texts") if self._siamese else None
         evaluations: dict[str, Evaluation] = self._timed(
             "evaluate",
             lambda: {
-                name: evaluate(
-                    self._store(name), bundle.head, classes, names, self.folder / "predictions" / f"{name}.parquet"
-                )
-                for name in ("train", "test")
+                name: evaluate(self._store(name), bundle, classes, self._predictions(name), texts)
+                for name in _JUDGED
                 if name in self.manifests
             },
         )
-        metrics = {name: evaluation.summary for name, evaluation in evaluations.items()}
+        metrics = {name: evaluation.metrics for name, evaluation in evaluations.items()}
         bundle = replace(bundle, metrics=metrics)
         bundles.save(bundle, (self.folder / "head").url)
-        summary = self._summary(metrics=metrics, examples=self._examples(bundle))
-        self._timed("report", lambda: self._report(summary, evaluations, bundle))
+        summary = self._summary(
+            problem=bundle.problem,
+            features=list(bundle.features),
+            head={**bundle.head_spec, "temperature": bundle.temperature, "threshold": bundle.threshold},
+            metrics=metrics,
+            intervals={name: evaluation.intervals for name, evaluation in evaluations.items()},
+            examples=self._examples(bundle),
+        )
+        self._timed("report", lambda: self._report(summary, evaluations, bundle, classes))
         self.seconds["total"] = round(sum(self.seconds.values()), 3)
         summary = {**summary, "seconds": self.seconds, "fingerprint": made}
         path.write(json.dumps(summary, indent=1, ensure_ascii=False).encode())
@@ -245,24 +285,38 @@ class _Run:
     def _store(self, name: str) -> Store:
         return next(split.store for split in self.splits if split.name == name)
 
+    @property
+    def _siamese(self) -> bool:
+        return bool(self.spec.data.text_pair) and self.spec.encoder.pair == "siamese"
+
+    def _predictions(self, name: str) -> Location:
+        return self.folder / "predictions" / f"{name}.parquet"
+
     def _classes(self) -> tuple[tuple[str, ...], dict[str, int]]:
-        """The label names, and what class each label of the train and test rows stands for."""
+        """The label names, and what class each label of the rows stands for."""
+        if self.spec.form in ("number", "answers"):  # there are none
+            return ((self.spec.data.label,) if self.spec.form == "number" else ("start", "end")), {}
         names = self.label_names or labels.find_names(self.manifests["train"].labels)
-        if len(names) < 2:
+        if len(names) < 2 and self.spec.form != "names":
             raise SourceError(
                 f"The training rows have one label only ({', '.join(names)}): there is nothing to tell "
                 "apart. Give rows with at least two."
             )
-        seen = [label for name in ("train", "test") if name in self.manifests for label in self.manifests[name].labels]
+        seen = [label for name in _JUDGED if name in self.manifests for label in self.manifests[name].labels]
         return names, labels.index(seen, names)
 
     def _examples(self, bundle: Bundle) -> list[dict[str, Any]]:
-        answers = []
-        for table in self._store("examples").tables(["text", "vector"]) if self.spec.examples else ():
-            probabilities = bundle.head.probabilities(vectors_of(table))
-            for text, row in zip(table["text"].to_pylist(), probabilities, strict=True):
-                answers.append({"text": text, "label": bundle.labels[row.argmax()], "score": float(row.max())})
-        return answers
+        found: list[dict[str, Any]] = []
+        for table in self._store("examples").tables(self._example_columns(bundle)) if self.spec.examples else ():
+            logits, edges, spans = answers.logits(bundle, *answers.states_of(table, bundle.features))
+            texts = table["text"].to_pylist()
+            given = pa.table(answers.columns(bundle, logits, texts, None, edges, spans)).to_pylist()
+            for text, row in zip(texts, given, strict=True):
+                found.append({"text": text, "label": answers.told(row["predicted"]), "score": row.get("score")})
+        return found
+
+    def _example_columns(self, bundle: Bundle) -> list[str]:
+        return ["text", *(["starts", "stops"] if bundle.part != "text" else []), *bundle.features]
 
     def _summary(self, **more: Any) -> dict[str, Any]:
         rows = {
@@ -276,7 +330,7 @@ class _Run:
         return {
             **self._places(),
             "task": self.spec.task,
-            "encoder": {**self.spec.encoder.model_dump(), "backends": self._backends()},
+            "encoder": {**self.spec.encoder.model_dump(mode="json"), "backends": self._backends()},
             "rows": rows,
             "faults": self._faults(),
             "seconds": self.seconds,
@@ -301,21 +355,52 @@ class _Run:
         places = {"output": self.folder, "report": self.folder / "report.html", "bundle": self.folder / "head"}
         return {name: place.url for name, place in places.items()}
 
-    def _report(self, summary: dict[str, Any], evaluations: Mapping[str, Evaluation], bundle: Bundle) -> None:
+    def _report(
+        self,
+        summary: dict[str, Any],
+        evaluations: Mapping[str, Evaluation],
+        bundle: Bundle,
+        classes: Mapping[str, int],
+    ) -> None:
         from bertray.report import html
 
+        judged = "test" if "test" in evaluations else "train"
+        predictions = pq.read_table(
+            self._predictions(judged).open_random(), columns=["id", "text", "label", "predicted"]
+        )
+        assert self.choice is not None
+        splits = {split.name: split for split in self.splits}
+        details = {
+            "judged": judged,
+            "labels": list(bundle.labels),
+            "losses": list(bundle.losses),
+            **evaluations[judged].details,
+            **examine(splits, self.manifests, bundle, self.choice, classes, predictions, judged),
+            **_searched(self.choice, bundle),
+        }
         self._imports.wait()
         spec = yaml.safe_dump(self.spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        page = html(
-            self.folder.url.rstrip("/").rpartition("/")[2],
-            summary,
-            evaluations,
-            bundle.labels,
-            bundle.losses,
-            spec,
-            bundle.versions,
-        )
-        (self.folder / "report.html").write(page.encode())
+        title = self.folder.url.rstrip("/").rpartition("/")[2]
+        (self.folder / "report.html").write(html(title, summary, details, spec, bundle.versions).encode())
+
+
+def _searched(choice: Choice, bundle: Bundle) -> dict[str, Any]:
+    """What the report shows of the rows that were left out."""
+    found: dict[str, Any] = {}
+    if len(choice.curve) > 1:
+        best = asdict(choice.setting)
+        found["search"] = {"metric": choice.metric, "best": best, "curve": list(choice.curve)}
+    if bundle.form == "name" and choice.logits is not None and choice.targets is not None and len(choice.targets):
+        found["reliability_before"] = reliability_of(choice.logits, choice.targets)
+    return found
+
+
+def _kept(place: Location) -> Choice | None:
+    """What was found by rows left out; None if it is missing or damaged."""
+    try:
+        return from_bytes(place.read())
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        return None
 
 
 def _loaded(folder: str) -> Bundle | None:

@@ -1,8 +1,8 @@
-"""Prediction: texts to labels and probabilities, one by one in Python or files at a time on Ray."""
+"""Prediction: texts to answers, one by one in Python or files at a time on Ray."""
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,13 +11,15 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from bertray import answers, checkpoints
 from bertray import bundle as bundles
-from bertray import checkpoints
+from bertray import pairs as pair_texts
+from bertray.annotations import Wrong, text_of, words_of
 from bertray.bundle import Bundle
 from bertray.checkpoints import Checkpoint
 from bertray.embed import embed
 from bertray.errors import BertrayError, BundleError, SourceError
-from bertray.heads import LinearHead
+from bertray.features import parse
 from bertray.lease import held
 from bertray.sources import Columns, is_saved_dataset, units
 from bertray.spec import Encoder as EncoderSpec
@@ -28,10 +30,12 @@ from bertray.store import Manifest, Store
 
 
 class Predictions(NamedTuple):
-    """labels: n names, the likeliest each; probabilities: [n, classes] in the order of the bundle's labels."""
+    """labels: the answer to each of n texts: a label (None below the bundle's threshold), a list of labels, a number, a
+    list of entities {label, start, stop, text, score}, or an answer {text, start, stop, score}; probabilities: [n,
+    labels] in the order of the bundle's labels, where it answers with labels."""
 
-    labels: list[str]
-    probabilities: NDArray[np.float32]
+    labels: list[Any]
+    probabilities: NDArray[np.float32] | None
 
 
 class Predictor:
@@ -50,19 +54,31 @@ class Predictor:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.bundle = bundle
-        self.encoder = Encoder(checkpoint_of(bundle), _encoder_spec(bundle), device, threads)
+        wanted = list(map(parse, bundle.features))
+        self.encoder = Encoder(checkpoint_of(bundle), _encoder_spec(bundle), device, threads, bundle.part, wanted)
 
     def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Predictions:
-        """Label texts, or with `pairs` the pairs (texts[i], pairs[i]).
+        """Answer texts, or with `pairs` the pairs (texts[i], pairs[i]): questions and their contexts, where it answers
+        questions. Texts may be lists of words, where it labels words.
 
         Raises:
             BertrayError: the texts are not strings, or pairs are missing or given to a bundle without them.
         """
-        texts, pairs = self._checked(texts, pairs)
-        probabilities = self.bundle.head.probabilities(self.encoder.encode(texts, pairs).vectors)
-        return Predictions([self.bundle.labels[i] for i in probabilities.argmax(1)], probabilities)
+        texts, pairs, words = self._checked(texts, pairs)
+        if self.bundle.siamese and pairs is not None:
+            encoded, _ = pair_texts.encode(self.encoder, texts, pairs)
+        else:
+            encoded = self.encoder.encode(texts, pairs, words)
+        found = _answers(self.bundle, encoded, texts, pairs)
+        probabilities = None
+        if "probabilities" in found:
+            flat = found["probabilities"].flatten().to_numpy()
+            probabilities = flat.reshape(len(texts), len(self.bundle.labels))
+        return Predictions(_labels(found), probabilities)
 
-    def _checked(self, texts: Sequence[str], pairs: Sequence[str] | None) -> tuple[list[str], list[str] | None]:
+    def _checked(
+        self, texts: Sequence[Any], pairs: Sequence[str] | None
+    ) -> tuple[list[str], list[str] | None, list[Any] | None]:
         if isinstance(texts, str):
             texts, pairs = [texts], None if pairs is None else [pairs] if isinstance(pairs, str) else pairs
         if self.bundle.pairs != (pairs is not None):
@@ -72,10 +88,47 @@ class Predictor:
             )
         if pairs is not None and len(pairs) != len(texts):
             raise BertrayError(f"texts and pairs must be of one length. Got {len(texts)} and {len(pairs)} instead.")
+        words: list[Any] | None = None
+        if self.bundle.part == "word":
+            texts, words = _in_words(texts)
         for text in (*texts, *(pairs or ())):
             if not isinstance(text, str):
                 raise BertrayError(f"Texts must be strings. Got {text!r} instead.")
-        return list(texts), None if pairs is None else list(pairs)
+        return list(texts), None if pairs is None else list(pairs), words
+
+
+def _in_words(texts: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Texts, and where the words of those are that were given as lists of words."""
+    joined, words = [], []
+    for text in texts:
+        try:
+            plain, lengths = text_of(text)
+        except Wrong:
+            plain, lengths = text, None
+        joined.append(plain)
+        words.append(None if lengths is None else words_of(lengths))
+    return joined, words
+
+
+def _answers(bundle: Bundle, encoded: Any, texts: Sequence[str], pairs: Sequence[str] | None) -> dict[str, pa.Array]:
+    """What a bundle answers to what was encoded, as columns (see `answers.columns`)."""
+    vectors, edges, spans = encoded.vectors, None, None
+    if bundle.part != "text":
+        width = bundle.head.weight.shape[1] // (2 if bundle.part == "token" else 1)
+        edges = np.cumsum([0, *map(len, vectors)])
+        spans = np.concatenate([np.zeros((0, 2), np.int64), *encoded.spans])
+        vectors = np.concatenate([np.zeros((0, width), np.float32), *vectors])
+    logits, edges, spans = answers.logits(bundle, vectors, edges, spans)
+    return answers.columns(bundle, logits, texts, pairs, edges, spans)
+
+
+def _labels(found: dict[str, pa.Array]) -> list[Any]:
+    predicted: list[Any] = found["predicted"].to_pylist()
+    if "start" not in found:
+        return predicted
+    others = (found[name].to_pylist() for name in ("start", "stop", "score"))
+    names = ("text", "start", "stop", "score")
+    return [dict(zip(names, row, strict=True)) for row in zip(predicted, *others, strict=True)]
 
 
 def load(path: str, device: str = "auto") -> Predictor:
@@ -88,11 +141,12 @@ def predict_files(
 ) -> Manifest:
     """Label all rows of a source on the connected Ray cluster, resumable like embedding.
 
-    Writes to `output` id, text (and text_pair), label, score and probabilities of each row: one file where it
-    ends in .parquet, .csv or .jsonl, else a folder of Parquet shards with a manifest. Rows that are set aside go
-    to OUTPUT.rejects.jsonl, or into the folder's rejects/.
+    Writes to `output` id, text (and text_pair) and what `answers.columns` tells of each row, with label (entities,
+    answer) for predicted: one file where it ends in .parquet, .csv or .jsonl, else a folder of Parquet shards with a
+    manifest. Rows that are set aside go to OUTPUT.rejects.jsonl, or into the folder's rejects/.
     """
     bundle = bundles.load(bundle_url)
+    columns = replace(columns, form=bundle.form)
     if bool(columns.text_pair) != bundle.pairs:
         takes = (
             "pairs: give the column of the second text" if bundle.pairs else "single texts: leave out the second text"
@@ -109,14 +163,21 @@ def predict_files(
     kind = output.rpartition(".")[2] if output.endswith((".parquet", ".csv", ".jsonl")) else ""
     store = Store(f"{output}.parts" if kind else output)
     checkpoint, spec = checkpoint_of(bundle), _encoder_spec(bundle)
-    made = {**made_by(spec, checkpoint, columns, source.model_dump()), "bundle": bundle.fingerprint}
+    made = {**made_by(spec, checkpoint, columns, source.model_dump(), bundle.features), "bundle": bundle.fingerprint}
     split = Split("predictions", cut, columns, store, made)
-    finish = WithPredictions(bundle.head, bundle.labels)
     with held(store.location) as holder:
         _refuse_other(store, fingerprint(made), output)
-        manifest = embed([split], spec, checkpoint, sizes, finish=finish, max_rejects=max_rejects, run=holder.run)[
-            "predictions"
-        ]
+        manifest = embed(
+            [split],
+            spec,
+            checkpoint,
+            sizes,
+            finish=WithAnswers(bundle),
+            max_rejects=max_rejects,
+            run=holder.run,
+            features=bundle.features,
+            siamese=bundle.siamese,
+        )["predictions"]
         store.prune(manifest)  # answers to rows that have changed since
         if kind:
             join(store, Location(output), kind, bundle)
@@ -141,28 +202,29 @@ def _refuse_other(store: Store, fingerprint: str, output: str) -> None:
     marker.write(fingerprint.encode())
 
 
+_NAMES = {"tokens": "entities", "answers": "answer"}  # of what is predicted, where it is no label
+
+
 @dataclass(frozen=True)
-class WithPredictions:
-    """From a unit's rows and vectors to the table of its answers."""
+class WithAnswers:
+    """From a unit's rows and what the encoder gave them to the table of their answers."""
 
-    head: LinearHead
-    labels: tuple[str, ...]
+    bundle: Bundle
 
-    def __call__(self, rows: pa.Table, vectors: NDArray[Any]) -> pa.Table:
-        probabilities = self.head.probabilities(vectors)
-        flat = pa.array(probabilities.reshape(-1))
-        label = pa.array([self.labels[i] for i in probabilities.argmax(1)], pa.string())
-        return (
-            rows.drop_columns(["label"])
-            .append_column("label", label)
-            .append_column("score", pa.array(probabilities.max(1)))
-            .append_column("probabilities", pa.FixedSizeListArray.from_arrays(flat, len(self.labels)))
-        )
+    def __call__(self, rows: pa.Table, encoded: Any, features: Sequence[str]) -> pa.Table:
+        pairs = rows["text_pair"].to_pylist() if self.bundle.pairs else None
+        found = _answers(self.bundle, encoded, rows["text"].to_pylist(), pairs)
+        rows = rows.drop_columns(["label"])
+        for name, column in found.items():
+            name = _NAMES.get(self.bundle.form, "label") if name == "predicted" else name
+            rows = rows.append_column(name, column)
+        return rows
 
 
 def join(store: Store, target: Location, kind: str, bundle: Bundle) -> None:
-    """Write the shards as one file, in the order of the rows; one column a probability in CSV, which has no lists."""
-    names = ["id", "text", *(["text_pair"] if bundle.pairs else []), "label", "score", "probabilities"]
+    """Write the shards as one file, in the order of the rows. CSV has no lists: probabilities have a column each, all
+    else is written as JSON."""
+    names = ["id", "text", *(["text_pair"] if bundle.pairs else []), *_told(bundle)]
     tables: Iterator[pa.Table] = store.tables(names)
     with target.create() as stream:
         writer: Any = None
@@ -178,16 +240,33 @@ def join(store: Store, target: Location, kind: str, bundle: Bundle) -> None:
             writer.close()
 
 
+def _told(bundle: Bundle) -> list[str]:
+    """The columns of an answer."""
+    return {
+        "name": ["label", "score", "probabilities"],
+        "names": ["label", "probabilities"],
+        "number": ["label"],
+        "tokens": ["entities"],
+        "answers": ["answer", "start", "stop", "score"],
+    }[bundle.form]
+
+
 def _flat(table: pa.Table, labels: Sequence[str]) -> pa.Table:
-    flat = table["probabilities"].combine_chunks().flatten().to_numpy().reshape(-1, len(labels))
-    table = table.drop_columns(["probabilities"])
-    for i, label in enumerate(labels):
-        table = table.append_column(f"p_{label}", pa.array(np.ascontiguousarray(flat[:, i])))
+    if "probabilities" in table.column_names:
+        flat = table["probabilities"].combine_chunks().flatten().to_numpy().reshape(-1, len(labels))
+        table = table.drop_columns(["probabilities"])
+        for i, label in enumerate(labels):
+            table = table.append_column(f"p_{label}", pa.array(np.ascontiguousarray(flat[:, i])))
+    for place, field in enumerate(table.schema):
+        if pa.types.is_list(field.type):
+            cells = [json.dumps(cell, ensure_ascii=False) for cell in table[field.name].to_pylist()]
+            table = table.set_column(place, field.name, pa.array(cells, pa.string()))
     return table
 
 
 def _encoder_spec(bundle: Bundle) -> EncoderSpec:
-    return EncoderSpec(**{name: value for name, value in bundle.encoder.items() if name != "identity"})
+    fields = {name: value for name, value in bundle.encoder.items() if name != "identity"}
+    return EncoderSpec.model_validate_json(json.dumps(fields))
 
 
 def checkpoint_of(bundle: Bundle) -> Checkpoint:

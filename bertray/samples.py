@@ -104,13 +104,13 @@ class Samples:
 
     vectors: "torch.Tensor"
     targets: "torch.Tensor"
-    edges: "torch.Tensor | None"
     folds: "torch.Tensor"
     weights: "torch.Tensor"
     count: int
     spare: int
     kind: str
     outputs: int
+    edges: "torch.Tensor | None" = None
     others: "torch.Tensor | None" = None
     questions: "torch.Tensor | None" = None
     chosen: tuple[int, ...] = ()
@@ -141,9 +141,9 @@ class Samples:
         others = self.others[rows]
         if self.questions is None:
             u, v = (self._flat(self.vectors, part, dtype) for part in others.unbind(1))
-            return related(u, v)  # type: ignore[no-any-return]
+            return related(u, v)
         u, v = self._flat(self.vectors, rows, dtype), self._flat(self.questions, others, dtype)
-        return related(u, v, pair=False)  # type: ignore[no-any-return]
+        return related(u, v, pair=False)
 
     def _flat(self, vectors: "torch.Tensor", rows: "torch.Tensor | slice", dtype: "torch.dtype") -> "torch.Tensor":
         if not isinstance(rows, slice):
@@ -293,7 +293,7 @@ class _Reading:
             found["others"] = np.concatenate(self.others)
         if self.questions:
             found["questions"] = np.concatenate(self.questions)
-        return {"edges": None, **found} if "edges" not in found else found  # type: ignore[dict-item]
+        return found
 
     def _balance(self, targets: Ints, weights: NDArray[np.float32]) -> NDArray[np.float32]:
         """[mine] so that all classes count the same: rows / (classes * rows of the class), as scikit-learn has it."""

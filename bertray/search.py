@@ -1,10 +1,11 @@
 """Search: which features, penalty and the like do best on rows that were left out. Fits all candidates of one set of
 features together. Knows nothing of files or of Ray."""
 
-import logging
+import io
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import groupby, pairwise, product
 from typing import Any
 
@@ -14,13 +15,14 @@ from numpy.typing import NDArray
 from bertray import calibration, metrics
 from bertray.errors import SpecError
 from bertray.features import Feature, features, parse
-from bertray.heads import LinearHead, probabilities
+from bertray.heads import LinearHead, null_margin, probabilities
+from bertray.progress import log
 from bertray.samples import Samples, Share, Wanted
 from bertray.solvers import Record, Trial, held_out, solve
 from bertray.spec import Head
 
-log = logging.getLogger("bertray")
 METRICS = {"name": "accuracy", "names": "micro F1", "number": "R2", "tokens": "entity F1", "answers": "log likelihood"}
+ALWAYS = 1e9  # a margin that no answer never has: there is always one
 _KEPT = 50_000_000  # numbers of what is left out that are kept
 
 
@@ -39,9 +41,10 @@ class Choice:
     """The setting that does best, and what its heads give the rows that each was fitted without.
 
     curve: for each setting its score, and how sure that is (95 %), where that is known.
-    logits: [rows, outputs], and targets: what was asked, of the rows that were left out, in their order; empty where none
-        were.
+    logits: [rows, outputs], and targets: what was asked, of the rows that were left out, in their order; empty where
+        none were.
     temperature: what logits are divided by, so that probabilities are what they say.
+    sizes: how many of the rows belong to each text or question; empty where each is one.
     """
 
     setting: Setting
@@ -50,6 +53,7 @@ class Choice:
     logits: NDArray[np.float32] | None = None
     targets: NDArray[Any] | None = None
     temperature: float = 1.0
+    sizes: tuple[int, ...] = ()
 
 
 def settings(spec: Head, stored: Sequence[str], layers: int) -> list[Setting]:
@@ -83,8 +87,8 @@ def _present(wanted: Sequence[Feature], known: Sequence[Feature]) -> tuple[str, 
     for feature in wanted:
         if feature not in known:
             raise SpecError(
-                f"head.search asks for {feature}, which is not stored. Give encoder.pooling and encoder.layers all that "
-                f"is to be searched: there are {', '.join(map(str, known))}."
+                f"head.search asks for {feature}, which is not stored. Give encoder.pooling and encoder.layers all "
+                f"that is to be searched: there are {', '.join(map(str, known))}."
             )
     return tuple(map(str, wanted))
 
@@ -106,11 +110,11 @@ def choose(samples: Samples, wanted: Wanted, candidates: Sequence[Setting], spec
             if best is None or score > best[0]:
                 best = (score, setting, given)
     assert best is not None
-    logits, targets = _gathered(best[2], samples, share, folds)
+    logits, targets, sizes = _gathered(best[2], samples, share, folds)
     for point in curve:
         point["chosen"] = Setting(*(point[name] for name in ("features", "combine", "l2", "seed"))) == best[1]
     heat = _temperature(samples.kind, logits, targets)
-    return Choice(best[1], METRICS[wanted.form], tuple(curve), logits, targets, heat)
+    return Choice(best[1], METRICS[wanted.form], tuple(curve), logits, targets, heat, sizes)
 
 
 def of(samples: Samples, wanted: Wanted, setting: Setting) -> Samples:
@@ -227,8 +231,8 @@ def _likelihood(
 
 def _gathered(
     logits: NDArray[np.float32], samples: Samples, share: Share, folds: int
-) -> tuple[NDArray[np.float32], NDArray[Any]]:
-    """The logits and targets of all workers' rows that were left out, in the order of the rows."""
+) -> tuple[NDArray[np.float32], NDArray[Any], tuple[int, ...]]:
+    """The logits and targets of all workers' rows that were left out, in the order of the rows, and their sizes."""
     edges = np.arange(len(logits) + 1) if samples.edges is None else samples.edges.cpu().numpy()
     room = _KEPT // share.world // max(1, logits.shape[1])
     groups = int(np.searchsorted(edges, room, side="right")) - 1
@@ -238,10 +242,23 @@ def _gathered(
     targets = samples.targets.cpu().numpy()
     mine = [(logits[edges[g] : edges[g + 1]], targets[edges[g] : edges[g + 1]]) for g in kept.tolist()]
     numbers = (kept * share.world + share.rank).tolist()
-    every = sorted((number, part) for worker in share.gather(list(zip(numbers, mine, strict=True))) for number, part in worker)
-    if not every:
-        return logits[:0], targets[:0]
-    return np.concatenate([part[0] for _, part in every]), np.concatenate([part[1] for _, part in every])
+    workers = share.gather(list(zip(numbers, mine, strict=True)))
+    every = sorted((pair for worker in workers for pair in worker), key=lambda pair: pair[0])
+    sizes = () if samples.edges is None else tuple(len(part[0]) for _, part in every)
+    found = zip((logits[:0], targets[:0]), *(part for _, part in every), strict=True)
+    all_logits, all_targets = (np.concatenate(parts) for parts in found)
+    return all_logits, all_targets, sizes
+
+
+def lengths_of(samples: Samples, share: Share, longest: int = 30) -> tuple[float, ...]:
+    """The log of how probable answers of 1, 2, ... tokens are: how often they occur, and once more each (Laplace)."""
+    assert samples.edges is not None
+    edges, targets = samples.edges.cpu().numpy(), samples.targets.cpu().numpy()
+    places = np.arange(len(targets)) - np.repeat(edges[:-1], np.diff(edges))
+    begun, ended = np.add.reduceat(targets * places[:, None], edges[:-1]).T  # on average over a question's answers
+    more = np.rint(ended - begun).astype(int)[targets[edges[:-1], 0] == 0]
+    counts = np.sum(share.gather(np.bincount(np.clip(more, 0, longest - 1), minlength=longest)), 0) + 1
+    return tuple(np.log(counts / counts.sum()).tolist())
 
 
 def _temperature(kind: str, logits: NDArray[np.float32], targets: NDArray[Any]) -> float:
@@ -252,12 +269,65 @@ def _temperature(kind: str, logits: NDArray[np.float32], targets: NDArray[Any]) 
     return calibration.temperature(logits, targets)
 
 
-def confidence(choice: Choice) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """[rows] the probability of what is answered, calibrated, and whether it is right, of the rows left out."""
-    assert choice.logits is not None and choice.targets is not None
+def threshold(choice: Choice, accuracy: float, form: str, lengths: Sequence[float]) -> float:
+    """How sure a head has to be to answer (see `Bundle.threshold`), by the rows that were left out.
+
+    Args:
+        accuracy: that what is answered has to have at least.
+        lengths: see `lengths_of`.
+    """
+    if form == "answers":
+        return _least_margin(choice, lengths)
+    if not accuracy or choice.logits is None or choice.targets is None:
+        return 0.0
     p = probabilities("softmax", choice.logits / np.float32(choice.temperature))
-    return p.max(1), p.argmax(1) == choice.targets
+    found = calibration.threshold_for(p.max(1), p.argmax(1) == choice.targets, accuracy)
+    if not math.isfinite(found):
+        log.warning(
+            "fitting: however sure the head is, it does not reach head.answer_accuracy %g: no row is answered", accuracy
+        )
+        return 1.01
+    return float(found)
 
 
-__all__ = ["Choice", "Setting", "choose", "confidence", "fit_one", "settings"]
-_ = replace
+def _least_margin(choice: Choice, lengths: Sequence[float]) -> float:
+    """By how much no answer has to be likelier than the best one, for most questions to be told right; ALWAYS where
+    each question has an answer."""
+    if choice.logits is None or choice.targets is None:
+        return ALWAYS
+    edges = np.cumsum([0, *choice.sizes])
+    none = choice.targets[edges[:-1], 0] > 0.5 if len(choice.sizes) else np.zeros(0, bool)
+    if not none.any():
+        return ALWAYS
+    margins = np.array([null_margin(choice.logits[i:j], lengths) for i, j in pairwise(edges.tolist())])
+    order = np.argsort(-margins)
+    right = np.cumsum(none[order]) + (~none).sum() - np.cumsum(~none[order])  # if the first so many get no answer
+    best = int(right.argmax())
+    return float(margins[order[best]]) - 1e-6
+
+
+def to_bytes(choice: Choice) -> bytes:
+    """A choice as a file of arrays, without pickles."""
+    fields = {
+        "setting": asdict(choice.setting),
+        **{name: getattr(choice, name) for name in ("metric", "curve", "temperature", "sizes")},
+    }
+    arrays = {name: value for name in ("logits", "targets") if (value := getattr(choice, name)) is not None}
+    sink = io.BytesIO()
+    np.savez_compressed(sink, fields=np.array(json.dumps(fields)), **arrays)
+    return sink.getvalue()
+
+
+def from_bytes(data: bytes) -> Choice:
+    """What `to_bytes` wrote.
+
+    Raises:
+        ValueError, KeyError, OSError: it is damaged.
+    """
+    with np.load(io.BytesIO(data), allow_pickle=False) as found:
+        fields = json.loads(str(found["fields"]))
+        arrays = {name: found[name] for name in ("logits", "targets") if name in found.files}
+    setting = fields.pop("setting")
+    setting["features"] = tuple(setting["features"])
+    curve, sizes = tuple(fields.pop("curve")), tuple(fields.pop("sizes"))
+    return Choice(Setting(**setting), curve=curve, sizes=sizes, **fields, **arrays)

@@ -53,7 +53,7 @@ def application(bundle_url: str, threads: int = 0, num_cpus: float = 1, num_gpus
             return answers[0] if single else answers
 
         @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0)
-        async def label(self, requests: list[list[Any]]) -> list[list[list[dict[str, Any]]]]:
+        async def label(self, requests: list[list[Any]]) -> list[list[Any]]:
             """Answers to requests of one or more inputs each, encoded together and beside the event loop."""
             inputs = [item for request in requests for item in request]
             answers = iter(await asyncio.to_thread(answer, self.predictor, inputs))
@@ -70,7 +70,7 @@ def application(bundle_url: str, threads: int = 0, num_cpus: float = 1, num_gpus
                 "task": bundle.task,
                 "labels": bundle.labels,
                 "encoder": bundle.encoder["model"],
-                "pooling": bundle.encoder["pooling"],
+                "features": bundle.features,
                 "pairs": bundle.pairs,
                 "fingerprint": bundle.fingerprint,
             }
@@ -78,15 +78,34 @@ def application(bundle_url: str, threads: int = 0, num_cpus: float = 1, num_gpus
     return Service.bind()  # type: ignore[attr-defined]
 
 
-def answer(predictor: Predictor, inputs: list[Any]) -> list[list[dict[str, Any]]]:
-    """For each input the labels with their scores, the likeliest first."""
+def answer(predictor: Predictor, inputs: list[Any]) -> list[Any]:
+    """For each input what Hugging Face's pipelines answer: labels with their scores, the likeliest first; entities; or
+    the answer to a question."""
     bundle = predictor.bundle
     texts = [item[0] for item in inputs] if bundle.pairs else inputs
     pairs = [item[1] for item in inputs] if bundle.pairs else None
-    return [
-        [{"label": bundle.labels[i], "score": float(row[i])} for i in row.argsort()[::-1]]
-        for row in predictor.predict(texts, pairs).probabilities
-    ]
+    labels, probabilities = predictor.predict(texts, pairs)
+    if probabilities is not None:
+        names = bundle.labels
+        return [[{"label": names[i], "score": float(row[i])} for i in row.argsort()[::-1]] for row in probabilities]
+    return [_plain(bundle.labels, label) for label in labels]
+
+
+def _plain(names: tuple[str, ...], found: Any) -> Any:
+    if isinstance(found, list):
+        return [
+            {
+                "entity_group": entity["label"],
+                "score": entity["score"],
+                "word": entity["text"],
+                "start": entity["start"],
+                "end": entity["stop"],
+            }
+            for entity in found
+        ]
+    if isinstance(found, dict):
+        return {"answer": found["text"], "score": found["score"], "start": found["start"], "end": found["stop"]}
+    return [{"label": names[0], "score": found}]
 
 
 def parse(body: bytes, pairs: bool) -> tuple[list[Any], bool]:
@@ -103,6 +122,8 @@ def parse(body: bytes, pairs: bool) -> tuple[list[Any], bool]:
     except ValueError:
         raise HTTPException(400, f'The body must be JSON such as {{"inputs": {one}}}.') from None
     inputs = content.get("inputs") if isinstance(content, dict) else None
+    if pairs:  # questions, as Hugging Face's pipelines take them
+        inputs = list(map(_as_pair, inputs)) if isinstance(inputs, list) else _as_pair(inputs)
     single = _is_input(inputs, pairs)
     listed = [inputs] if single else inputs
     if not isinstance(listed, list) or not all(_is_input(item, pairs) for item in listed):
@@ -112,6 +133,10 @@ def parse(body: bytes, pairs: bool) -> tuple[list[Any], bool]:
     if sum(len(text) for item in listed for text in (item if pairs else [item])) > MAX_CHARACTERS:
         raise HTTPException(413, f"At most {MAX_CHARACTERS} characters a request.")
     return listed, single
+
+
+def _as_pair(item: Any) -> Any:
+    return [item["question"], item["context"]] if isinstance(item, dict) and {"question", "context"} <= {*item} else item
 
 
 def _is_input(item: Any, pairs: bool) -> bool:

@@ -1,5 +1,5 @@
-"""Solvers: samples to the weights of linear heads, many at once. Adam and SGD run in batches, L-BFGS over all rows. Knows
-nothing of files or of Ray; what several workers compute is summed by their Share.
+"""Solvers: samples to the weights of linear heads, many at once. Adam and SGD run in batches, L-BFGS over all rows.
+Knows nothing of files or of Ray; what several workers compute is summed by their Share.
 
 A trial is one head to fit: its penalty, the fold it leaves out, its seed. All trials see the same vectors, so every
 evaluation is one matrix product forward and one back for all of them.
@@ -154,8 +154,8 @@ class _Form:
     def gather(self, flat: "torch.Tensor", by_weight: "torch.Tensor", by_bias: "torch.Tensor") -> "torch.Tensor":
         """[M, size] from the derivatives by what `spread` gave: the chain rule.
 
-        With s = softmax(a) and G_l the derivative by block l: sum_l s_l G_l for W, s_l (d_l - sum_k s_k d_k) for a, where
-        d_l = <G_l, W>.
+        With s = softmax(a) and G_l the derivative by block l: sum_l s_l G_l for W, s_l (d_l - sum_k s_k d_k) for a,
+        where d_l = <G_l, W>.
         """
         import torch
 
@@ -233,8 +233,8 @@ def _moments(samples: Samples, share: Share) -> "tuple[torch.Tensor, torch.Tenso
 
 
 class _Counting:
-    """How much each row counts for each trial. Trials that leave out the same fold have the same weights: these are kept
-    once a fold, and copied for some rows at a time."""
+    """How much each row counts for each trial. Trials that leave out the same fold have the same weights: these are
+    kept once a fold, and copied for some rows at a time."""
 
     def __init__(self, samples: Samples, folds: Sequence[int], dtype: "torch.dtype", left_out: bool = False) -> None:
         import torch
@@ -250,8 +250,8 @@ class _Counting:
         return self.weights[:, rows].index_select(0, self.which if which is None else which)
 
     def normalize(self, samples: Samples, share: Share) -> None:
-        """Make sums over all rows of all workers means. In a span, a group has the weight of its rows, each by its share
-        of the truth."""
+        """Make sums over all rows of all workers means. In a span, a group has the weight of its rows, each by its
+        share of the truth."""
         truth = samples.targets.mean(1).double() if samples.kind == "span" else 1.0
         totals = (self.weights.double() * truth).sum(1)
         share.sum(totals)
@@ -261,7 +261,9 @@ class _Counting:
 class _Mean:
     """The data term over all rows of all workers, for some of the trials."""
 
-    def __init__(self, rows: _Rows, form: _Form, folds: Sequence[int], spec: Head, share: Share, left_out: bool = False):
+    def __init__(
+        self, rows: _Rows, form: _Form, folds: Sequence[int], spec: Head, share: Share, left_out: bool = False
+    ):
         self._rows, self._form, self._share, self._smoothing = rows, form, share, spec.label_smoothing
         self._counting = _Counting(rows.samples, folds, rows.dtype, left_out)
         self._counting.normalize(rows.samples, share)
@@ -275,9 +277,7 @@ class _Mean:
         sums = [torch.zeros(len(flat), dtype=torch.float64, device=flat.device), *map(torch.zeros_like, (weight, bias))]
         for rows, x, edges in self._rows.parts():
             weights = self._counting.of(rows, which).T
-            found = objective(
-                samples.kind, weight, bias, x, samples.targets[rows], weights, edges, self._smoothing
-            )
+            found = objective(samples.kind, weight, bias, x, samples.targets[rows], weights, edges, self._smoothing)
             for total, part in zip(sums, found, strict=True):
                 total += part
         loss, gradient = sums[0], self._form.gather(flat, *sums[1:])
@@ -422,7 +422,6 @@ class _Descent:
 
     def _downhill(self) -> "tuple[torch.Tensor, torch.Tensor]":
         """The direction [A, size] by the two-loop recursion, and the slope [A] along it."""
-        import torch
 
         found, parts = self.gradient.clone(), []
         for step, change, inverse in reversed(self.history):
@@ -445,8 +444,8 @@ class _Descent:
 
 
 class _Curvature:
-    """A rough inverse of the curvature, for all trials: with the mean of x x' = V diag(v) V' that of a trial's objective
-    in the weight of each output is about V diag(c v + l2) V', where c is that of the loss in a logit.
+    """A rough inverse of the curvature, for all trials: with the mean of x x' = V diag(v) V' that of a trial's
+    objective in the weight of each output is about V diag(c v + l2) V', where c is that of the loss in a logit.
 
     Boehning 1992 (Multinomial logistic regression algorithm) has c = 1/2 as a bound for softmax; at weights of zero,
     where fits begin, it is 1/outputs. Squared losses have c = 1 everywhere, so that ridge regression ends in a step.
@@ -478,8 +477,8 @@ class _Curvature:
 
 def _moments_of(rows: _Rows, form: _Form, share: Share, crossed: bool = False) -> "torch.Tensor":
     """The mean of x x' over the rows of all workers [inner, inner], or its diagonal [inner]; of blocks that are mixed,
-    with the equal shares that fits begin with. Columns are divided by their deviations meanwhile, so that in float32 those
-    of small numbers are not lost beside the others."""
+    with the equal shares that fits begin with. Columns are divided by their deviations meanwhile, so that in float32
+    those of small numbers are not lost beside the others."""
     import torch
 
     scale = rows.deviation.view(form.blocks, form.inner).mean(0)
@@ -541,7 +540,8 @@ def _in_batches(
 
 
 def _keep_best(state: State, losses: "torch.Tensor") -> None:
-    """The weights of the epoch with the least loss on rows left out; `idle`: for how many epochs there was no lesser."""
+    """The weights of the epoch with the least loss on rows left out; `idle`: for how many epochs there was no
+    lesser."""
     import torch
 
     better = losses < state["least"]
@@ -643,7 +643,9 @@ class _Walk:
             loss = loss + self._l2[:, 0] / 2 * penalized.square().sum(1)
         return loss, gradient
 
-    def _move(self, state: State, gradient: "torch.Tensor", step: int, first: float = 0.9, second: float = 0.999) -> None:
+    def _move(
+        self, state: State, gradient: "torch.Tensor", step: int, first: float = 0.9, second: float = 0.999
+    ) -> None:
         """SGD, or Adam (Kingma and Ba 2015) with the constants of torch.optim.Adam, which takes longer to call than to
         compute."""
         if self._spec.optimizer == "sgd":
@@ -657,8 +659,8 @@ class _Walk:
 
 @dataclass(frozen=True)
 class _Batch:
-    """This worker's part: x [n, width], targets of n rows, weights [trials, n], edges where rows are in groups; size: how
-    many rows or groups it has over all workers."""
+    """This worker's part: x [n, width], targets of n rows, weights [trials, n], edges where rows are in groups; size:
+    how many rows or groups it has over all workers."""
 
     x: "torch.Tensor"
     targets: "torch.Tensor"

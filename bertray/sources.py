@@ -53,8 +53,8 @@ class Columns:
 
     @property
     def part(self) -> str:
-        """What becomes a vector: a text (or pair), each word, or each token of the second text."""
-        return {"tokens": "word", "answers": "token"}.get(self.form, "text")
+        """What of the texts becomes a vector."""
+        return annotations.part_of(self.form)
 
     @property
     def nested(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
+from bertray.annotations import form_of
 from bertray.errors import SpecError
 
 Key = tuple[str | int, ...]
@@ -219,9 +220,7 @@ class Spec(Part):
     @property
     def form(self) -> str:
         """What the labels are, as in `annotations`."""
-        if self.task != "text-classification":
-            return "tokens" if self.task == "token-classification" else "answers"
-        return {"single_label": "name", "multi_label": "names", "regression": "number"}[self.problem]
+        return form_of(self.task, self.problem)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Spec":
@@ -242,7 +241,7 @@ class Spec(Part):
         yield not words and "first" in names, "encoder.pooling must not be first for text-classification: cls is meant"
         yield (
             self.form == "answers" and names != ("mean",),
-            "encoder.pooling must be mean for question-answering: the question's tokens are averaged, each other is alone",
+            "encoder.pooling must be mean for question-answering: of the question's tokens; all others stay single",
         )
         several = len(names) > 1 or any(not isinstance(each, str) for each in head.search.pooling)
         yield several and bool(mixes - {"concat"}), "head.combine mean and mix are for a single encoder.pooling"

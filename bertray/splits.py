@@ -3,7 +3,7 @@
 A split's plan is written into its store: what that is to hold, and all that it takes to make it again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,15 +32,25 @@ class Split:
     made_by: dict[str, Any]
 
 
-def made_by(spec: EncoderSpec, checkpoint: Checkpoint, columns: Columns, source: dict[str, Any]) -> dict[str, Any]:
-    """All that makes the vectors of a source what they are. Its fingerprint names the store."""
+def made_by(
+    spec: EncoderSpec,
+    checkpoint: Checkpoint,
+    columns: Columns,
+    source: dict[str, Any],
+    wanted: Sequence[str] = (),
+) -> dict[str, Any]:
+    """All that makes the vectors of a source what they are. Its fingerprint names the store.
+
+    Args:
+        wanted: what vectors consist of; empty where the spec tells.
+    """
     names = {"max_length", "truncation", "precision"}
     settings = spec.model_dump(include=names | ({"overlap"} if spec.truncation == "window" else set()))
     return {
         "recipe": RECIPE,
         **checkpoint.identity,
         **settings,
-        "features": list(map(str, features(spec.pooling, spec.layers, checkpoint.layers))),
+        "features": list(wanted) or list(map(str, features(spec.pooling, spec.layers, checkpoint.layers))),
         "columns": asdict(columns),
         "source": source,
     }
@@ -49,12 +59,12 @@ def made_by(spec: EncoderSpec, checkpoint: Checkpoint, columns: Columns, source:
 def splits_of(
     spec: Spec, checkpoint: Checkpoint, folder: Location, given: Mapping[str, Any]
 ) -> tuple[list[Split], tuple[str, ...]]:
-    """The splits `train`, and where there are rows for them, `test` and `examples`; and the label names as far as the
-    spec or the rows tell them.
+    """The splits `train`, and where there are rows for them, `dev`, `test` and `examples`; and the label names as far
+    as the spec or the rows tell them.
 
     Args:
         folder: of the run: what is not a file yet is written there first.
-        given: rows in memory for `train` and `test`, or None.
+        given: rows in memory for `train`, `dev` and `test`, or None.
 
     Raises:
         SpecError: the spec names no rows, or no label.
@@ -65,12 +75,14 @@ def splits_of(
         raise SpecError("data.train must name a path or a hub data set.")
     if not data.label:
         raise SpecError("data.label must be a string that is not empty: a head is fitted on labels.")
-    columns = Columns(data.text, data.text_pair, data.label, data.id)
+    columns = Columns(data.text, data.text_pair, data.label, data.id, spec.form)
     wanted = [("train", data.train, columns, given["train"])]
-    if data.test.given or given["test"] is not None:
-        wanted.append(("test", data.test, columns, given["test"]))
+    for name, source in (("dev", data.dev), ("test", data.test)):
+        if source.given or given[name] is not None:
+            wanted.append((name, source, columns, given[name]))
     if spec.examples:
-        wanted.append(("examples", Source(), Columns("text"), pa.table({"text": list(spec.examples)})))
+        texts = pa.table({"text": list(spec.examples)})
+        wanted.append(("examples", Source(), Columns("text", form=spec.form), texts))
     splits, label_names = [], data.labels
     for name, source, columns, rows in wanted:
         identity = {"given": name} if rows is not None else source.model_dump(exclude={"limit"})

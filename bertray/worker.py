@@ -22,9 +22,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from bertray import checkpoints, labels
+from bertray import checkpoints, labels, pairs
 from bertray.annotations import names_in, tags_of, words_of
 from bertray.errors import BertrayError, CheckpointError, ClusterError, StoreError
+from bertray.features import parse
 from bertray.progress import log
 from bertray.sources import PREVIEW, Batch, Columns, Reader, Unit
 from bertray.spec import Encoder as EncoderSpec
@@ -39,7 +40,10 @@ _PULSE_SECONDS = 20.0  # most between renewals of attempts
 
 @dataclass(frozen=True)
 class Job:
-    """What an encoder process has to know."""
+    """What an encoder process has to know.
+
+    features: what vectors consist of; empty where the encoder's spec tells. siamese: whether pairs are encoded apart.
+    """
 
     checkpoint: str
     revision: str
@@ -51,6 +55,8 @@ class Job:
     finish: Callable[[pa.Table, Any, Sequence[str]], pa.Table] = with_vectors
     run: str = ""
     patience: int = 600
+    features: tuple[str, ...] = ()
+    siamese: bool = False
 
 
 class UnitEncoder:
@@ -104,7 +110,8 @@ class UnitEncoder:
                     "every node the same files."
                 )
             (part,) = {columns.part for columns in self.job.columns.values()}
-            return Encoder(checkpoint, self.job.encoder, device, threads, part)
+            wanted = list(map(parse, self.job.features))
+            return Encoder(checkpoint, self.job.encoder, device, threads, part, wanted)
         except BertrayError:
             raise
         except Exception as error:
@@ -173,8 +180,12 @@ class UnitEncoder:
         batch = self._read(split, unit)
         if names and columns.label and columns.part == "text":  # a wrong one shows before anything is encoded
             labels.check(_labels(batch.rows, columns), names, unit.url)
-        pairs = batch.rows["text_pair"].to_pylist() if columns.text_pair else None
-        encoded, failed = self.encoder.encode_rows(batch.rows["text"].to_pylist(), pairs, _words(batch.rows))
+        texts = batch.rows["text"].to_pylist()
+        second = batch.rows["text_pair"].to_pylist() if columns.text_pair else None
+        if self.job.siamese and second is not None:
+            encoded, failed = pairs.encode(self.encoder, texts, second)
+        else:
+            encoded, failed = self.encoder.encode_rows(texts, second, _words(batch.rows))
         batch = set_aside(batch, failed)
         kept = np.delete(np.arange(len(encoded.tokens)), list(failed))
         encoded = encoded.take(kept)

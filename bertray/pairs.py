@@ -1,0 +1,129 @@
+"""Pairs whose texts are encoded by themselves: each distinct text of all splits once.
+
+The pairs of a split go into a store without vectors, which tells for each text the row of another store, that of the
+distinct texts. Knows nothing of how texts are encoded.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from bertray import labels
+from bertray.annotations import names_in
+from bertray.checkpoints import Checkpoint
+from bertray.features import related
+from bertray.sources import Columns, Reader, Unit, stage, units
+from bertray.spec import Encoder as EncoderSpec
+from bertray.spec import Source, fingerprint
+from bertray.splits import Split, made_by
+from bertray.storage import Location
+from bertray.store import Manifest, Receipt, Store
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """splits: as they were, with stores of pairs; manifests: of those; texts: the split of all distinct texts, still to
+    be encoded."""
+
+    splits: list[Split]
+    texts: Split
+    manifests: dict[str, Manifest]
+
+
+def apart(
+    splits: Sequence[Split],
+    spec: EncoderSpec,
+    checkpoint: Checkpoint,
+    folder: Location,
+    label_names: tuple[str, ...] = (),
+) -> Pairs:
+    """Write the stores of pairs of all splits, and the distinct texts as files, unless that is done.
+
+    Args:
+        folder: of the run.
+        label_names: what labels have to be; empty takes any.
+    """
+    keys = fingerprint([[split.name, *(unit.key for unit in split.units)] for split in splits])
+    numbered = [_numbered(split, keys, folder) for split in splits]
+    place = folder / "rows" / f"texts-{keys}"
+    found = {split.name: split.store.manifest() for split in numbered}
+    if all(found.values()) and place.files():
+        manifests = {name: manifest for name, manifest in found.items() if manifest}
+        return Pairs(numbered, _texts(place, spec, checkpoint, folder), manifests)
+    numbers: dict[str, int] = {}
+    manifests = {split.name: _write(split, numbers, label_names) for split in numbered}
+    stage(pa.table({"text": pa.array(numbers, pa.string())}), Columns("text"), place)
+    for split in numbered:
+        split.store.finish(manifests[split.name])
+    return Pairs(numbered, _texts(place, spec, checkpoint, folder), manifests)
+
+
+def _numbered(split: Split, keys: str, folder: Location) -> Split:
+    """A split of pairs with a store of its own: its numbers hold for these splits only."""
+    made = {"texts": keys, "columns": asdict(split.columns), "source": split.made_by["source"], "features": []}
+    return replace(split, store=Store((folder / "stores" / f"{split.name}-{fingerprint(made)}").url), made_by=made)
+
+
+def _texts(place: Location, spec: EncoderSpec, checkpoint: Checkpoint, folder: Location) -> Split:
+    columns = Columns("text")
+    made = made_by(spec, checkpoint, columns, {"texts": place.url.rpartition("/")[2]})
+    store = Store((folder / "stores" / f"texts-{fingerprint(made)}").url)
+    return Split("texts", tuple(units(Source(path=place.url, format="parquet"), columns)), columns, store, made)
+
+
+def _write(split: Split, numbers: dict[str, int], label_names: tuple[str, ...]) -> Manifest:
+    """Write the pairs of a split, and note new texts in `numbers`."""
+    split.store.write_plan({"split": split.name, "made_by": split.made_by})
+    reader = Reader(split.columns)
+    receipts = [_write_unit(split, unit, reader, numbers, label_names) for unit in split.units]
+    return Manifest(fingerprint(split.made_by), split.made_by, tuple(receipts))
+
+
+def _write_unit(
+    split: Split, unit: Unit, reader: Reader, numbers: dict[str, int], label_names: tuple[str, ...]
+) -> Receipt:
+    batch = reader.read(unit)
+    rows = batch.rows
+    for role, name in (("text", "first"), ("text_pair", "second")):
+        found = [numbers.setdefault(text, len(numbers)) for text in rows[role].to_pylist()]
+        rows = rows.append_column(name, pa.array(found, pa.int64()))
+    counts = _counts(rows, split.columns)
+    if label_names and split.columns.label:
+        labels.check(counts, label_names, unit.url)
+    empty = int(np.sum([not text.strip() for text in rows["text"].to_pylist()]))
+    receipt = Receipt(unit.key, rows.num_rows, batch.rejects.num_rows, empty, 0, 0, 0.0, counts)
+    return split.store.write_shard(receipt, rows, batch.rejects)
+
+
+def _counts(rows: pa.Table, columns: Columns) -> dict[str, int]:
+    if not columns.label:
+        return {}
+    return dict(Counter(name for label in rows["label"].to_pylist() for name in names_in(columns.form, label)))
+
+
+def encode(encoder: Any, texts: Sequence[str], pairs: Sequence[str]) -> tuple[Any, dict[int, str]]:
+    """What a head sees of pairs whose texts are encoded apart, and for each pair that failed the reason.
+
+    Args:
+        encoder: each distinct text goes through it once.
+
+    Returns:
+        As `Encoder.encode_rows`, with vectors [n, 4 * width].
+    """
+    numbers: dict[str, int] = {}
+    first, second = (np.array([numbers.setdefault(t, len(numbers)) for t in each], np.int64) for each in (texts, pairs))
+    found, wrong = encoder.encode_rows(list(numbers))
+    reasons = zip(first.tolist(), second.tolist(), strict=True)
+    failed = {row: wrong.get(u) or wrong[v] for row, (u, v) in enumerate(reasons) if u in wrong or v in wrong}
+    u, v = found.take(first), found.take(second)
+    return replace(
+        u,
+        vectors=related(u.vectors.astype(np.float32), v.vectors.astype(np.float32)),
+        tokens=u.tokens + v.tokens,
+        truncated=u.truncated | v.truncated,
+        windows=np.maximum(u.windows, v.windows),
+    ), failed
