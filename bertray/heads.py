@@ -85,12 +85,10 @@ def objective(
     import torch
 
     heads, outputs, width = weight.shape
-    flat = weight.reshape(-1, width)
-    loss = torch.zeros(heads, dtype=torch.float64, device=x.device)
-    by_weight, by_bias = torch.zeros_like(flat), torch.zeros_like(bias)
+    flat, total = weight.reshape(-1, width), None
     for rows, inner in parts(len(x), _CELLS // len(flat), edges if kind == "span" else None):
-        logits = torch.addmm(bias.reshape(-1, 1), flat, x[rows].T).view(heads, outputs, -1)
-        weights, truth = row_weights[rows].T, targets[rows]
+        some, truth, weights = x[rows], targets[rows], row_weights[rows].T
+        logits = torch.addmm(bias.reshape(-1, 1), flat, some.T).view(heads, outputs, -1)
         if kind == "softmax":
             losses, errors = _softmax(logits, truth, weights, smoothing)
         elif kind == "sigmoid":
@@ -99,10 +97,11 @@ def objective(
             losses, errors = _squared(logits, truth, weights)
         else:
             losses, errors = _span(logits, truth, weights, inner)
-        loss += losses
-        by_weight.addmm_(errors.view(len(flat), -1), x[rows])
-        by_bias += errors.sum(2)
-    return loss, by_weight.view_as(weight), by_bias
+        found = (losses, (errors.view(len(flat), -1) @ some).view_as(weight), errors.sum(2))
+        total = found if total is None else tuple(map(torch.add, total, found))
+    if total is None:
+        total = (torch.zeros(heads, dtype=torch.float64, device=x.device), *map(torch.zeros_like, (weight, bias)))
+    return total
 
 
 def parts(
@@ -186,12 +185,10 @@ def _span(
     log_p = logits.sub_(top[:, :, group])
     log_p -= summed(log_p.exp()).log_()[:, :, group]
     truth = targets.T.to(logits.dtype) * weights.unsqueeze(1) / 2
-    losses = (log_p * truth).sum((1, 2), dtype=torch.float64)
+    losses = (log_p * truth).sum((1, 2)).double()
     return -losses, log_p.exp_().mul_(summed(truth)[:, :, group]).sub_(truth)
 
 
 def _weighted(losses: "torch.Tensor", weights: "torch.Tensor") -> "torch.Tensor":
-    """[M] sums of losses [M, n], in float64: in float32 they would be too coarse to compare steps by."""
-    import torch
-
-    return (losses * weights).sum(1, dtype=torch.float64)
+    """[M] sums of losses [M, n]; in float64, as sums of many parts in float32 would be too coarse to compare steps by."""
+    return (losses * weights).sum(1).double()

@@ -249,13 +249,29 @@ class _Counting:
         """[trials, rows] for some of the rows, and of the trials."""
         return self.weights[:, rows].index_select(0, self.which if which is None else which)
 
+    def in_batches(
+        self, rows: "torch.Tensor", counts: Sequence[int], samples: Samples, share: Share
+    ) -> "torch.Tensor":
+        """[trials, rows] for rows that are so many batches: sums over a batch of all workers are means."""
+        import torch
+
+        weights = self.weights[:, rows]
+        batch = torch.repeat_interleave(torch.tensor(counts)).to(rows.device)
+        totals = weights.new_zeros(len(weights), len(counts))
+        totals.index_add_(1, batch, weights * _truth(samples, rows))
+        share.sum(totals)
+        return (weights / totals.clamp_min(1e-30)[:, batch]).index_select(0, self.which)
+
     def normalize(self, samples: Samples, share: Share) -> None:
-        """Make sums over all rows of all workers means. In a span, a group has the weight of its rows, each by its share
-        of the truth."""
-        truth = samples.targets.mean(1).double() if samples.kind == "span" else 1.0
-        totals = (self.weights.double() * truth).sum(1)
+        """Make sums over all rows of all workers means."""
+        totals = (self.weights.double() * _truth(samples, slice(None))).sum(1)
         share.sum(totals)
         self.weights /= totals.clamp_min(1e-30).to(self.weights.dtype)[:, None]
+
+
+def _truth(samples: Samples, rows: "torch.Tensor | slice") -> "torch.Tensor | float":
+    """For how much a row counts in a mean: in a span it is groups that count, and each row by its share of the truth."""
+    return samples.targets[rows].mean(1) if samples.kind == "span" else 1.0
 
 
 class _Mean:
@@ -618,29 +634,23 @@ class _Walk:
             self._move(state, gradient, done)
             if done > late:
                 state["mean"] += (flat - state["mean"]) / (done - late)
+        self._share.sum(total)
         state["epoch"] += 1
         state["generator"] = generator.get_state()
         return float(total.mean()) / self._rows.samples.count
 
     def _descend(self, flat: "torch.Tensor", batch: "_Batch") -> "tuple[torch.Tensor, torch.Tensor]":
-        """Objective [M] and gradient [M, size] over a batch of all workers, of which each trial counts its own rows."""
-        import torch
-
-        kind, form = self._rows.samples.kind, self._form
+        """This worker's part of the objective [M] over a batch, and the gradient [M, size] of all workers."""
+        form, share = self._form, self._share
+        kind, smoothing = self._rows.samples.kind, self._spec.label_smoothing
         weight, bias = form.spread(flat)
-        loss, *gradients = objective(
-            kind, weight, bias, batch.x, batch.targets, batch.weights.T, batch.edges, self._spec.label_smoothing
-        )
-        counts = batch.weights * batch.targets.mean(1) if kind == "span" else batch.weights
-        tallies = torch.stack([loss.to(flat.dtype), counts.sum(1)], 1)
-        sums = torch.cat([form.gather(flat, *gradients), tallies], 1)
-        self._share.sum(sums)
-        means = sums[:, :-1] / sums[:, -1:].clamp_min(1e-30)
-        gradient, loss = means[:, :-1], means[:, -1]
+        loss, *gradients = objective(kind, weight, bias, batch.x, batch.targets, batch.weights.T, batch.edges, smoothing)
+        gradient = form.gather(flat, *gradients)
+        share.sum(gradient)
         if self._l2 is not None:
             penalized = flat[:, : form.penalized]
             gradient[:, : form.penalized] += self._l2 * penalized
-            loss = loss + self._l2[:, 0] / 2 * penalized.square().sum(1)
+            loss += self._l2[:, 0] / 2 * penalized.square().sum(1) / share.world
         return loss, gradient
 
     def _move(self, state: State, gradient: "torch.Tensor", step: int, first: float = 0.9, second: float = 0.999) -> None:
@@ -657,8 +667,8 @@ class _Walk:
 
 @dataclass(frozen=True)
 class _Batch:
-    """This worker's part: x [n, width], targets of n rows, weights [trials, n], edges where rows are in groups; size: how
-    many rows or groups it has over all workers."""
+    """This worker's part: x [n, width], targets of n rows, weights [trials, n] that make sums means over all workers,
+    edges where rows are in groups; size: how many rows or groups all workers have of it."""
 
     x: "torch.Tensor"
     targets: "torch.Tensor"
@@ -686,7 +696,7 @@ def _batches(
             found, inner = _rows_of(edges, found, counts)
             counts = [int(part[-1]) for part in inner]
         place = found.to(samples.device)
-        x, targets, weights = rows.take(found), samples.targets[place], counting.of(place)
+        x, targets, weights = rows.take(found), samples.targets[place], counting.in_batches(place, counts, samples, share)
         split = zip(x.split(counts), targets.split(counts), weights.split(counts, 1), inner, sizes, strict=True)
         yield from (_Batch(*parts) for parts in split)
 
