@@ -13,6 +13,7 @@ A fit minimizes mean_i loss_i + l2/2 * sum(W^2). The bias is not penalized, as i
 whose C is 1 / (l2 * n), and its Ridge, whose alpha is l2 * n.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -112,6 +113,7 @@ def parts(
 
     size = max(_LEAST, size)
     if edges is None:
+        size = math.ceil(count / max(1, math.ceil(count / size))) or 1  # none is much smaller than the others
         yield from ((slice(start, min(start + size, count)), None) for start in range(0, count, size))
         return
     groups = torch.nonzero(torch.diff(edges // size)).flatten().tolist()

@@ -5,9 +5,11 @@ A trial is one head to fit: its penalty, the fold it leaves out, its seed. All t
 evaluation is one matrix product forward and one back for all of them.
 """
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
 _EVALUATIONS = 1_000  # of L-BFGS at most
 _HISTORY = 10  # steps that L-BFGS remembers
 _IDLE = 20  # evaluations without progress, after which rounding is what keeps a trial from its tolerance
-_ROWS = 8_192  # that are gathered, or go through the objective, at once
+_ROWS = 4_096  # that are gathered, or go through the objective, at once
 _FEW = 1 << 23  # operations of a step, below which handing a part to another thread takes longer than doing it
+_MANY = 1 << 26  # operations, from which on it pays to have threads take parts of the rows
 _WIDE = 4_096  # numbers a vector, above which a matrix that wide takes too long to decompose
 _ROOM = 1 << 28  # bytes that what L-BFGS remembers may always take
+Part = tuple[slice, "torch.Tensor | None"]  # of the rows, and the edges in it
 State = dict[str, "torch.Tensor"]
 Record = Callable[[float], None]
 Save = Callable[[State], None]
@@ -174,6 +178,7 @@ class _Rows:
 
     centre, scale: [width] in float64; moved says whether they do anything.
     deviation: [width] of what comes out, about; 1 where it is not known or zero.
+    cores: threads that may take a part of the rows each.
     held: all rows in parts, where there is room for them.
     """
 
@@ -183,6 +188,7 @@ class _Rows:
     scale: "torch.Tensor"
     deviation: "torch.Tensor"
     moved: bool
+    cores: int
     held: "dict[int, torch.Tensor]" = field(default_factory=dict)
 
     @classmethod
@@ -196,23 +202,46 @@ class _Rows:
             deviation = torch.where(deviation > 0, deviation, 1.0)
         if scaled:
             scale, deviation = deviation, scale
-        return cls(samples, dtype, centre, scale, deviation, centred)
+        cores = torch.get_num_threads() if samples.device.type == "cpu" else 1
+        return cls(samples, dtype, centre, scale, deviation, centred, cores)
 
     def take(self, rows: "torch.Tensor | slice") -> "torch.Tensor":
         """[rows, width] of some of the vectors."""
         x = self.samples.take(rows, self.dtype)
         return x.sub(self.centre.to(x.dtype)).div_(self.scale.to(x.dtype)) if self.moved else x
 
-    def parts(self) -> "Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]":
-        """All rows, some thousands at a time: which, their vectors, and the edges in them. Kept where there is room."""
+    def parts(self) -> list[Part]:
+        """All rows, some thousands at a time, and the edges in them."""
         samples = self.samples
-        count = len(samples.folds)
-        keep = count * samples.width * self.dtype.itemsize <= samples.spare
-        for rows, edges in parts(count, _ROWS, samples.edges if samples.kind == "span" else None):
-            x = self.held[rows.start] if rows.start in self.held else self.take(rows)
-            if keep:
-                self.held[rows.start] = x
-            yield rows, x, edges
+        size = min(_ROWS, math.ceil(len(samples.folds) / self.cores))
+        return list(parts(len(samples.folds), size, samples.edges if samples.kind == "span" else None))
+
+    def at(self, rows: slice) -> "torch.Tensor":
+        """[rows, width] of one of the parts, which are kept where there is room for all."""
+        if rows.start in self.held:
+            return self.held[rows.start]
+        x, samples = self.take(rows), self.samples
+        if len(samples.folds) * samples.width * x.itemsize <= samples.spare:
+            self.held[rows.start] = x
+        return x
+
+    def each(
+        self, work: "Callable[[slice, torch.Tensor | None], tuple[torch.Tensor, ...]]", cost: int
+    ) -> "Iterator[tuple[torch.Tensor, ...]]":
+        """What work gives for each part, in order, where all together takes about `cost` operations.
+
+        On a CPU each core takes parts of its own. Cores then wait for each other once an evaluation and not at every
+        operation, which costs many times what it gains where other processes run as well.
+        """
+        import torch
+
+        found = self.parts()
+        cores = min(self.cores, len(found)) if cost > _MANY else 1
+        if cores < 2:
+            yield from itertools.starmap(work, found)
+            return
+        with _threads(1), ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(work, *zip(*found, strict=True))
 
 
 def _moments(samples: Samples, share: Share) -> "tuple[torch.Tensor, torch.Tensor]":
@@ -289,11 +318,12 @@ class _Mean:
         samples, which = self._rows.samples, self._counting.which[active]
         weight, bias = self._form.spread(flat)
         sums = [torch.zeros(len(flat), dtype=torch.float64, device=flat.device), *map(torch.zeros_like, (weight, bias))]
-        for rows, x, edges in self._rows.parts():
-            weights = self._counting.of(rows, which).T
-            found = objective(
-                samples.kind, weight, bias, x, samples.targets[rows], weights, edges, self._smoothing
-            )
+
+        def work(rows: slice, edges: "torch.Tensor | None") -> "tuple[torch.Tensor, ...]":
+            weights, targets = self._counting.of(rows, which).T, samples.targets[rows]
+            return objective(samples.kind, weight, bias, self._rows.at(rows), targets, weights, edges, self._smoothing)
+
+        for found in self._rows.each(work, 4 * len(samples.folds) * weight.numel()):
             for total, part in zip(sums, found, strict=True):
                 total += part
         loss, gradient = sums[0], self._form.gather(flat, *sums[1:])
@@ -334,7 +364,8 @@ def _to_optimum(
         some = trials[first : first + together]
         mean = _Mean(rows, form, [trial.fold for trial in some], spec, share)
         l2 = torch.tensor([trial.l2 for trial in some], dtype=torch.float64, device=place)
-        _Descent(flat[first : first + together], l2, mean, precondition, form).run(tell)
+        with _threads(1 if rows.cores > 1 else torch.get_num_threads()):
+            _Descent(flat[first : first + together], l2, mean, precondition, form).run(tell)
     return flat
 
 
@@ -502,10 +533,15 @@ def _moments_of(rows: _Rows, form: _Form, share: Share, crossed: bool = False) -
     shape = (form.inner, form.inner) if crossed else (form.inner,)
     total = torch.zeros(*shape, dtype=torch.float64, device=rows.samples.device)
     counted = rows.samples.weights.double().sum()
-    for part, x, _ in rows.parts():
+
+    def work(part: slice, _: "torch.Tensor | None") -> "tuple[torch.Tensor]":
+        x = rows.at(part)
         x = (x.view(len(x), form.blocks, form.inner).mean(1) if form.blocks > 1 else x) / scale.to(x.dtype)
         weighted = rows.samples.weights[part].to(x.dtype)
-        total += (x * weighted[:, None]).T @ x if crossed else weighted @ x.square()
+        return ((x * weighted[:, None]).T @ x if crossed else weighted @ x.square(),)
+
+    for (found,) in rows.each(work, 2 * len(rows.samples.folds) * total.numel()):
+        total += found
     share.sum(total, counted)
     return total / counted.clamp_min(1e-30) * (torch.outer(scale, scale) if crossed else scale.square())
 
