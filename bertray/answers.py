@@ -13,7 +13,8 @@ from bertray import metrics
 from bertray.annotations import Ints
 from bertray.bundle import Bundle
 from bertray.features import related
-from bertray.heads import Floats, best_span, probabilities
+from bertray.heads import Floats, probabilities
+from bertray.spans import best_span
 from bertray.vectors import edges_of, spans_of, vectors_of
 
 

@@ -1,5 +1,5 @@
-"""Linear heads: forward, losses and their gradients, for many heads over the same vectors at once. Knows nothing of
-Ray, of files, or of how a head is fitted.
+"""Linear heads: forward, losses and their gradients, for many heads over the same vectors at once. Knows nothing of Ray,
+of files, or of how a head is fitted.
 
 A head on vectors x [n, width] with weight W [outputs, width] and bias b [outputs] has logits z = x W' + b [n, outputs].
 What they mean is the head's kind:
@@ -13,7 +13,8 @@ A fit minimizes mean_i loss_i + l2/2 * sum(W^2). The bias is not penalized, as i
 whose C is 1 / (l2 * n), and its Ridge, whose alpha is l2 * n.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,39 +56,6 @@ def probabilities(kind: str, logits: Floats) -> Floats:
     return logits
 
 
-def best_span(given: Floats, lengths: Sequence[float], threshold: float) -> tuple[int, int, float]:
-    """The first and last token of the likeliest answer to a question, both 0 for no answer, and how probable it is.
-
-    Args:
-        given: [tokens, 2] logits of start and end; token 0 is [CLS], which stands for no answer.
-        lengths: the log of how probable answers of 1, 2, ... tokens are; no answer has more.
-        threshold: how much likelier no answer has to be, in logits.
-    """
-    scores, null = _scored(given, lengths), float(given[0].sum())
-    best = int(scores.argmax()) if scores.size else 0
-    top = float(scores.flat[best]) if scores.size else -np.inf
-    if null - top > threshold or not np.isfinite(top):
-        return 0, 0, 1.0
-    first, last = divmod(best, scores.shape[1])
-    every = np.logaddexp.reduce(scores[np.isfinite(scores)])
-    return first + 1, last + 1, float(np.exp(top - np.logaddexp(every, null)))
-
-
-def null_margin(given: Floats, lengths: Sequence[float]) -> float:
-    """By how much no answer is likelier than the likeliest answer, in logits."""
-    return float(given[0].sum() - _scored(given, lengths).max(initial=-np.inf))
-
-
-def _scored(given: Floats, lengths: Sequence[float]) -> NDArray[np.float64]:
-    """[tokens - 1, tokens - 1] the scores of spans from each token to each."""
-    count = len(given) - 1
-    scores = given[1:, 0, None].astype(np.float64) + given[None, 1:, 1]
-    more = np.arange(count)[None] - np.arange(count)[:, None]
-    prior = np.array([*lengths, -np.inf])
-    scores += np.where(more < 0, -np.inf, prior[np.clip(more, 0, len(lengths))])
-    return scores
-
-
 def objective(
     kind: str,
     weight: "torch.Tensor",
@@ -100,9 +68,9 @@ def objective(
 ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
     """The data term sum_i w[i, m] * loss_i of each of M heads, and its gradient: shares of rows add up to the whole.
 
-    With e [n, M, outputs] the derivative by the logits, the gradient is e' x in the weight and the sum of e in the
-    bias. All heads share one matrix product forward and one back. Written out because autograd takes longer over a
-    small batch than the arithmetic, and over a large one more memory.
+    With e [n, M, outputs] the derivative by the logits, the gradient is e' x in the weight and the sum of e in the bias.
+    All heads share one matrix product forward and one back. Written out because autograd takes longer over a small
+    batch than the arithmetic, and over a large one more memory.
 
     Args:
         weight, bias: [M, outputs, width] and [M, outputs].
@@ -118,12 +86,10 @@ def objective(
     import torch
 
     heads, outputs, width = weight.shape
-    flat = weight.reshape(-1, width)
-    loss = torch.zeros(heads, dtype=torch.float64, device=x.device)
-    by_weight, by_bias = torch.zeros_like(flat), torch.zeros_like(bias)
+    flat, total = weight.reshape(-1, width), None
     for rows, inner in parts(len(x), _CELLS // len(flat), edges if kind == "span" else None):
-        logits = torch.addmm(bias.reshape(-1, 1), flat, x[rows].T).view(heads, outputs, -1)
-        weights, truth = row_weights[rows].T, targets[rows]
+        some, truth, weights = x[rows], targets[rows], row_weights[rows].T
+        logits = torch.addmm(bias.reshape(-1, 1), flat, some.T).view(heads, outputs, -1)
         if kind == "softmax":
             losses, errors = _softmax(logits, truth, weights, smoothing)
         elif kind == "sigmoid":
@@ -132,18 +98,22 @@ def objective(
             losses, errors = _squared(logits, truth, weights)
         else:
             losses, errors = _span(logits, truth, weights, inner)
-        loss += losses
-        by_weight.addmm_(errors.view(len(flat), -1), x[rows])
-        by_bias += errors.sum(2)
-    return loss, by_weight.view_as(weight), by_bias
+        found = (losses, (errors.view(len(flat), -1) @ some).view_as(weight), errors.sum(2))
+        total = found if total is None else tuple(map(torch.add, total, found))
+    if total is None:
+        total = (torch.zeros(heads, dtype=torch.float64, device=x.device), *map(torch.zeros_like, (weight, bias)))
+    return total
 
 
-def parts(count: int, size: int, edges: "torch.Tensor | None" = None) -> "Iterator[tuple[slice, torch.Tensor | None]]":
+def parts(
+    count: int, size: int, edges: "torch.Tensor | None" = None
+) -> "Iterator[tuple[slice, torch.Tensor | None]]":
     """Slices of about so many rows that together are all, and the edges inside of each: no group is cut."""
     import torch
 
     size = max(_LEAST, size)
     if edges is None:
+        size = math.ceil(count / max(1, math.ceil(count / size))) or 1  # none is much smaller than the others
         yield from ((slice(start, min(start + size, count)), None) for start in range(0, count, size))
         return
     groups = torch.nonzero(torch.diff(edges // size)).flatten().tolist()
@@ -217,12 +187,10 @@ def _span(
     log_p = logits.sub_(top[:, :, group])
     log_p -= summed(log_p.exp()).log_()[:, :, group]
     truth = targets.T.to(logits.dtype) * weights.unsqueeze(1) / 2
-    losses = (log_p * truth).sum((1, 2), dtype=torch.float64)
+    losses = (log_p * truth).sum((1, 2)).double()
     return -losses, log_p.exp_().mul_(summed(truth)[:, :, group]).sub_(truth)
 
 
 def _weighted(losses: "torch.Tensor", weights: "torch.Tensor") -> "torch.Tensor":
-    """[M] sums of losses [M, n], in float64: in float32 they would be too coarse to compare steps by."""
-    import torch
-
-    return (losses * weights).sum(1, dtype=torch.float64)
+    """[M] sums of losses [M, n]; in float64, as sums of many parts in float32 would be too coarse to compare steps by."""
+    return (losses * weights).sum(1).double()

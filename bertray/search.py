@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from bertray import calibration, metrics
 from bertray.errors import SpecError
 from bertray.features import Feature, features, parse
-from bertray.heads import LinearHead, null_margin, probabilities
+from bertray.heads import LinearHead, probabilities
 from bertray.progress import log
 from bertray.samples import Samples, Share, Wanted
 from bertray.solvers import Record, Trial, held_out, solve
+from bertray.spans import null_margin
 from bertray.spec import Head
 
 METRICS = {"name": "accuracy", "names": "micro F1", "number": "R2", "tokens": "entity F1", "answers": "log likelihood"}

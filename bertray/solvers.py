@@ -1,13 +1,15 @@
-"""Solvers: samples to the weights of linear heads, many at once. Adam and SGD run in batches, L-BFGS over all rows.
-Knows nothing of files or of Ray; what several workers compute is summed by their Share.
+"""Solvers: samples to the weights of linear heads, many at once. Adam and SGD run in batches, L-BFGS over all rows. Knows
+nothing of files or of Ray; what several workers compute is summed by their Share.
 
 A trial is one head to fit: its penalty, the fold it leaves out, its seed. All trials see the same vectors, so every
 evaluation is one matrix product forward and one back for all of them.
 """
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
 _EVALUATIONS = 1_000  # of L-BFGS at most
 _HISTORY = 10  # steps that L-BFGS remembers
 _IDLE = 20  # evaluations without progress, after which rounding is what keeps a trial from its tolerance
-_ROWS = 8_192  # that are gathered, or go through the objective, at once
+_ROWS = 4_096  # that are gathered, or go through the objective, at once
 _FEW = 1 << 23  # operations of a step, below which handing a part to another thread takes longer than doing it
+_MANY = 1 << 26  # operations, from which on it pays to have threads take parts of the rows
 _WIDE = 4_096  # numbers a vector, above which a matrix that wide takes too long to decompose
 _ROOM = 1 << 28  # bytes that what L-BFGS remembers may always take
+Part = tuple[slice, "torch.Tensor | None"]  # of the rows, and the edges in it
 State = dict[str, "torch.Tensor"]
 Record = Callable[[float], None]
 Save = Callable[[State], None]
@@ -154,8 +158,8 @@ class _Form:
     def gather(self, flat: "torch.Tensor", by_weight: "torch.Tensor", by_bias: "torch.Tensor") -> "torch.Tensor":
         """[M, size] from the derivatives by what `spread` gave: the chain rule.
 
-        With s = softmax(a) and G_l the derivative by block l: sum_l s_l G_l for W, s_l (d_l - sum_k s_k d_k) for a,
-        where d_l = <G_l, W>.
+        With s = softmax(a) and G_l the derivative by block l: sum_l s_l G_l for W, s_l (d_l - sum_k s_k d_k) for a, where
+        d_l = <G_l, W>.
         """
         import torch
 
@@ -174,6 +178,7 @@ class _Rows:
 
     centre, scale: [width] in float64; moved says whether they do anything.
     deviation: [width] of what comes out, about; 1 where it is not known or zero.
+    cores: threads that may take a part of the rows each.
     held: all rows in parts, where there is room for them.
     """
 
@@ -183,6 +188,7 @@ class _Rows:
     scale: "torch.Tensor"
     deviation: "torch.Tensor"
     moved: bool
+    cores: int
     held: "dict[int, torch.Tensor]" = field(default_factory=dict)
 
     @classmethod
@@ -196,23 +202,46 @@ class _Rows:
             deviation = torch.where(deviation > 0, deviation, 1.0)
         if scaled:
             scale, deviation = deviation, scale
-        return cls(samples, dtype, centre, scale, deviation, centred)
+        cores = torch.get_num_threads() if samples.device.type == "cpu" else 1
+        return cls(samples, dtype, centre, scale, deviation, centred, cores)
 
     def take(self, rows: "torch.Tensor | slice") -> "torch.Tensor":
         """[rows, width] of some of the vectors."""
         x = self.samples.take(rows, self.dtype)
         return x.sub(self.centre.to(x.dtype)).div_(self.scale.to(x.dtype)) if self.moved else x
 
-    def parts(self) -> "Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]":
-        """All rows, some thousands at a time: which, their vectors, and the edges in them. Kept where there is room."""
+    def parts(self) -> list[Part]:
+        """All rows, some thousands at a time, and the edges in them."""
         samples = self.samples
-        count = len(samples.folds)
-        keep = count * samples.width * self.dtype.itemsize <= samples.spare
-        for rows, edges in parts(count, _ROWS, samples.edges if samples.kind == "span" else None):
-            x = self.held[rows.start] if rows.start in self.held else self.take(rows)
-            if keep:
-                self.held[rows.start] = x
-            yield rows, x, edges
+        size = min(_ROWS, math.ceil(len(samples.folds) / self.cores))
+        return list(parts(len(samples.folds), size, samples.edges if samples.kind == "span" else None))
+
+    def at(self, rows: slice) -> "torch.Tensor":
+        """[rows, width] of one of the parts, which are kept where there is room for all."""
+        if rows.start in self.held:
+            return self.held[rows.start]
+        x, samples = self.take(rows), self.samples
+        if len(samples.folds) * samples.width * x.itemsize <= samples.spare:
+            self.held[rows.start] = x
+        return x
+
+    def each(
+        self, work: "Callable[[slice, torch.Tensor | None], tuple[torch.Tensor, ...]]", cost: int
+    ) -> "Iterator[tuple[torch.Tensor, ...]]":
+        """What work gives for each part, in order, where all together takes about `cost` operations.
+
+        On a CPU each core takes parts of its own. Cores then wait for each other once an evaluation and not at every
+        operation, which costs many times what it gains where other processes run as well.
+        """
+        import torch
+
+        found = self.parts()
+        cores = min(self.cores, len(found)) if cost > _MANY else 1
+        if cores < 2:
+            yield from itertools.starmap(work, found)
+            return
+        with _threads(1), ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(work, *zip(*found, strict=True))
 
 
 def _moments(samples: Samples, share: Share) -> "tuple[torch.Tensor, torch.Tensor]":
@@ -233,8 +262,8 @@ def _moments(samples: Samples, share: Share) -> "tuple[torch.Tensor, torch.Tenso
 
 
 class _Counting:
-    """How much each row counts for each trial. Trials that leave out the same fold have the same weights: these are
-    kept once a fold, and copied for some rows at a time."""
+    """How much each row counts for each trial. Trials that leave out the same fold have the same weights: these are kept
+    once a fold, and copied for some rows at a time."""
 
     def __init__(self, samples: Samples, folds: Sequence[int], dtype: "torch.dtype", left_out: bool = False) -> None:
         import torch
@@ -249,21 +278,35 @@ class _Counting:
         """[trials, rows] for some of the rows, and of the trials."""
         return self.weights[:, rows].index_select(0, self.which if which is None else which)
 
+    def in_batches(
+        self, rows: "torch.Tensor", counts: Sequence[int], samples: Samples, share: Share
+    ) -> "torch.Tensor":
+        """[trials, rows] for rows that are so many batches: sums over a batch of all workers are means."""
+        import torch
+
+        weights = self.weights[:, rows]
+        batch = torch.repeat_interleave(torch.tensor(counts)).to(rows.device)
+        totals = weights.new_zeros(len(weights), len(counts))
+        totals.index_add_(1, batch, weights * _truth(samples, rows))
+        share.sum(totals)
+        return (weights / totals.clamp_min(1e-30)[:, batch]).index_select(0, self.which)
+
     def normalize(self, samples: Samples, share: Share) -> None:
-        """Make sums over all rows of all workers means. In a span, a group has the weight of its rows, each by its
-        share of the truth."""
-        truth = samples.targets.mean(1).double() if samples.kind == "span" else 1.0
-        totals = (self.weights.double() * truth).sum(1)
+        """Make sums over all rows of all workers means."""
+        totals = (self.weights.double() * _truth(samples, slice(None))).sum(1)
         share.sum(totals)
         self.weights /= totals.clamp_min(1e-30).to(self.weights.dtype)[:, None]
+
+
+def _truth(samples: Samples, rows: "torch.Tensor | slice") -> "torch.Tensor | float":
+    """For how much a row counts in a mean: in a span it is groups that count, and each row by its share of the truth."""
+    return samples.targets[rows].mean(1) if samples.kind == "span" else 1.0
 
 
 class _Mean:
     """The data term over all rows of all workers, for some of the trials."""
 
-    def __init__(
-        self, rows: _Rows, form: _Form, folds: Sequence[int], spec: Head, share: Share, left_out: bool = False
-    ):
+    def __init__(self, rows: _Rows, form: _Form, folds: Sequence[int], spec: Head, share: Share, left_out: bool = False):
         self._rows, self._form, self._share, self._smoothing = rows, form, share, spec.label_smoothing
         self._counting = _Counting(rows.samples, folds, rows.dtype, left_out)
         self._counting.normalize(rows.samples, share)
@@ -275,9 +318,12 @@ class _Mean:
         samples, which = self._rows.samples, self._counting.which[active]
         weight, bias = self._form.spread(flat)
         sums = [torch.zeros(len(flat), dtype=torch.float64, device=flat.device), *map(torch.zeros_like, (weight, bias))]
-        for rows, x, edges in self._rows.parts():
-            weights = self._counting.of(rows, which).T
-            found = objective(samples.kind, weight, bias, x, samples.targets[rows], weights, edges, self._smoothing)
+
+        def work(rows: slice, edges: "torch.Tensor | None") -> "tuple[torch.Tensor, ...]":
+            weights, targets = self._counting.of(rows, which).T, samples.targets[rows]
+            return objective(samples.kind, weight, bias, self._rows.at(rows), targets, weights, edges, self._smoothing)
+
+        for found in self._rows.each(work, 4 * len(samples.folds) * weight.numel()):
             for total, part in zip(sums, found, strict=True):
                 total += part
         loss, gradient = sums[0], self._form.gather(flat, *sums[1:])
@@ -318,7 +364,8 @@ def _to_optimum(
         some = trials[first : first + together]
         mean = _Mean(rows, form, [trial.fold for trial in some], spec, share)
         l2 = torch.tensor([trial.l2 for trial in some], dtype=torch.float64, device=place)
-        _Descent(flat[first : first + together], l2, mean, precondition, form).run(tell)
+        with _threads(1 if rows.cores > 1 else torch.get_num_threads()):
+            _Descent(flat[first : first + together], l2, mean, precondition, form).run(tell)
     return flat
 
 
@@ -422,6 +469,7 @@ class _Descent:
 
     def _downhill(self) -> "tuple[torch.Tensor, torch.Tensor]":
         """The direction [A, size] by the two-loop recursion, and the slope [A] along it."""
+        import torch
 
         found, parts = self.gradient.clone(), []
         for step, change, inverse in reversed(self.history):
@@ -444,8 +492,8 @@ class _Descent:
 
 
 class _Curvature:
-    """A rough inverse of the curvature, for all trials: with the mean of x x' = V diag(v) V' that of a trial's
-    objective in the weight of each output is about V diag(c v + l2) V', where c is that of the loss in a logit.
+    """A rough inverse of the curvature, for all trials: with the mean of x x' = V diag(v) V' that of a trial's objective
+    in the weight of each output is about V diag(c v + l2) V', where c is that of the loss in a logit.
 
     Boehning 1992 (Multinomial logistic regression algorithm) has c = 1/2 as a bound for softmax; at weights of zero,
     where fits begin, it is 1/outputs. Squared losses have c = 1 everywhere, so that ridge regression ends in a step.
@@ -477,18 +525,23 @@ class _Curvature:
 
 def _moments_of(rows: _Rows, form: _Form, share: Share, crossed: bool = False) -> "torch.Tensor":
     """The mean of x x' over the rows of all workers [inner, inner], or its diagonal [inner]; of blocks that are mixed,
-    with the equal shares that fits begin with. Columns are divided by their deviations meanwhile, so that in float32
-    those of small numbers are not lost beside the others."""
+    with the equal shares that fits begin with. Columns are divided by their deviations meanwhile, so that in float32 those
+    of small numbers are not lost beside the others."""
     import torch
 
     scale = rows.deviation.view(form.blocks, form.inner).mean(0)
     shape = (form.inner, form.inner) if crossed else (form.inner,)
     total = torch.zeros(*shape, dtype=torch.float64, device=rows.samples.device)
     counted = rows.samples.weights.double().sum()
-    for part, x, _ in rows.parts():
+
+    def work(part: slice, _: "torch.Tensor | None") -> "tuple[torch.Tensor]":
+        x = rows.at(part)
         x = (x.view(len(x), form.blocks, form.inner).mean(1) if form.blocks > 1 else x) / scale.to(x.dtype)
         weighted = rows.samples.weights[part].to(x.dtype)
-        total += (x * weighted[:, None]).T @ x if crossed else weighted @ x.square()
+        return ((x * weighted[:, None]).T @ x if crossed else weighted @ x.square(),)
+
+    for (found,) in rows.each(work, 2 * len(rows.samples.folds) * total.numel()):
+        total += found
     share.sum(total, counted)
     return total / counted.clamp_min(1e-30) * (torch.outer(scale, scale) if crossed else scale.square())
 
@@ -540,8 +593,7 @@ def _in_batches(
 
 
 def _keep_best(state: State, losses: "torch.Tensor") -> None:
-    """The weights of the epoch with the least loss on rows left out; `idle`: for how many epochs there was no
-    lesser."""
+    """The weights of the epoch with the least loss on rows left out; `idle`: for how many epochs there was no lesser."""
     import torch
 
     better = losses < state["least"]
@@ -618,34 +670,26 @@ class _Walk:
             self._move(state, gradient, done)
             if done > late:
                 state["mean"] += (flat - state["mean"]) / (done - late)
+        self._share.sum(total)
         state["epoch"] += 1
         state["generator"] = generator.get_state()
         return float(total.mean()) / self._rows.samples.count
 
     def _descend(self, flat: "torch.Tensor", batch: "_Batch") -> "tuple[torch.Tensor, torch.Tensor]":
-        """Objective [M] and gradient [M, size] over a batch of all workers, of which each trial counts its own rows."""
-        import torch
-
-        kind, form = self._rows.samples.kind, self._form
+        """This worker's part of the objective [M] over a batch, and the gradient [M, size] of all workers."""
+        form, share = self._form, self._share
+        kind, smoothing = self._rows.samples.kind, self._spec.label_smoothing
         weight, bias = form.spread(flat)
-        loss, *gradients = objective(
-            kind, weight, bias, batch.x, batch.targets, batch.weights.T, batch.edges, self._spec.label_smoothing
-        )
-        counts = batch.weights * batch.targets.mean(1) if kind == "span" else batch.weights
-        tallies = torch.stack([loss.to(flat.dtype), counts.sum(1)], 1)
-        sums = torch.cat([form.gather(flat, *gradients), tallies], 1)
-        self._share.sum(sums)
-        means = sums[:, :-1] / sums[:, -1:].clamp_min(1e-30)
-        gradient, loss = means[:, :-1], means[:, -1]
+        loss, *gradients = objective(kind, weight, bias, batch.x, batch.targets, batch.weights.T, batch.edges, smoothing)
+        gradient = form.gather(flat, *gradients)
+        share.sum(gradient)
         if self._l2 is not None:
             penalized = flat[:, : form.penalized]
             gradient[:, : form.penalized] += self._l2 * penalized
-            loss = loss + self._l2[:, 0] / 2 * penalized.square().sum(1)
+            loss += self._l2[:, 0] / 2 * penalized.square().sum(1) / share.world
         return loss, gradient
 
-    def _move(
-        self, state: State, gradient: "torch.Tensor", step: int, first: float = 0.9, second: float = 0.999
-    ) -> None:
+    def _move(self, state: State, gradient: "torch.Tensor", step: int, first: float = 0.9, second: float = 0.999) -> None:
         """SGD, or Adam (Kingma and Ba 2015) with the constants of torch.optim.Adam, which takes longer to call than to
         compute."""
         if self._spec.optimizer == "sgd":
@@ -659,8 +703,8 @@ class _Walk:
 
 @dataclass(frozen=True)
 class _Batch:
-    """This worker's part: x [n, width], targets of n rows, weights [trials, n], edges where rows are in groups; size:
-    how many rows or groups it has over all workers."""
+    """This worker's part: x [n, width], targets of n rows, weights [trials, n] that make sums means over all workers,
+    edges where rows are in groups; size: how many rows or groups all workers have of it."""
 
     x: "torch.Tensor"
     targets: "torch.Tensor"
@@ -688,7 +732,7 @@ def _batches(
             found, inner = _rows_of(edges, found, counts)
             counts = [int(part[-1]) for part in inner]
         place = found.to(samples.device)
-        x, targets, weights = rows.take(found), samples.targets[place], counting.of(place)
+        x, targets, weights = rows.take(found), samples.targets[place], counting.in_batches(place, counts, samples, share)
         split = zip(x.split(counts), targets.split(counts), weights.split(counts, 1), inner, sizes, strict=True)
         yield from (_Batch(*parts) for parts in split)
 

@@ -387,6 +387,8 @@ def test_batches_are_drawn_over_groups():
     seen = torch.cat([batch.x for batch in found])
     assert torch.equal(seen.sort(0)[0], samples.vectors.float().sort(0)[0])
     texts = {tuple(text[:, 0].tolist()) for text in samples.vectors.float().split(samples.edges.diff().tolist())}
+    assert any(batch.weights[1].eq(0).any() for batch in found)
     for batch in found:
         assert {tuple(text[:, 0].tolist()) for text in batch.x.split(batch.edges.diff().tolist())} <= texts
-        assert set(batch.weights[1].tolist()) <= {0.0, 1.0}
+        assert float(batch.weights[0].sum()) == pytest.approx(1)
+        assert float(batch.weights[1].sum()) == pytest.approx(1)
