@@ -5,6 +5,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ _METRICS = {  # main ones first: what each is called, and its format
     "macro_f1": ("macro F1", ".3f"),
     "micro_f1": ("micro F1", ".3f"),
     "pearson": ("Pearson's r", ".3f"),
-    "spearman": ("Spearman's ρ", ".3f"),
+    "spearman": ("Spearman's rho", ".3f"),
     "rmse": ("root mean squared error", ".4g"),
     "mae": ("mean absolute error", ".4g"),
     "r2": ("R²", ".3f"),
@@ -58,6 +59,7 @@ _CARDS = {
     "token-classification": ("f1", "precision", "recall", "macro_f1", "accuracy", "loss"),
     "question-answering": ("f1", "exact", "has_answer_f1", "no_answer_f1", "loss"),
 }
+_DASH = "\N{EN DASH}"  # for what is not defined
 _MANY = 30  # classes from which on counts no longer fit a table
 _LONGEST = 500  # rows of a table at most
 _PAIRS = 12  # confused pairs of classes
@@ -71,7 +73,7 @@ _INK, _ACCENT, _SECOND = "#7a7b7c", "#2b7fd5", "#d2601b"
 _VARIABLES = {_INK: "var(--soft)", _ACCENT: "var(--accent)", _SECOND: "var(--second)"}
 
 
-def report_html(title: str, summary: Facts, details: Facts, spec: str, versions: Mapping[str, str]) -> str:
+def html(title: str, summary: Facts, details: Facts, spec: str, versions: Mapping[str, str]) -> str:
     """The page. What is absent, empty or None in summary and details has no section.
 
     Args:
@@ -88,7 +90,10 @@ def report_html(title: str, summary: Facts, details: Facts, spec: str, versions:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bertray"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"short": _short, "count": _count, "share": _share, "exact": _exact, "metric": _metric}
+    environment.filters |= {"short": _short, "label": _label, "metric": _metric}
+    environment.filters |= {
+        name: partial(_formed, form=form) for name, form in (("count", ",.0f"), ("share", ".2f"), ("exact", ".4f"))
+    }
     judged = _judged(summary, details)
     sections = _sections(summary, details, judged) | {"spec": {"text": spec, "versions": versions}}
     return environment.get_template("report.html").render(
@@ -130,7 +135,7 @@ def _sections(summary: Facts, details: Facts, judged: str) -> dict[str, Any]:
 def _short(value: Any, most: int = 300) -> str:
     """A text, a label, a list of them or a number in one line of at most so many characters; a dash for None."""
     if value is None:
-        return "–"
+        return _DASH
     if isinstance(value, float):
         return f"{value:.4g}"
     text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
@@ -138,23 +143,22 @@ def _short(value: Any, most: int = 300) -> str:
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
-def _count(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}"
+def _label(value: Any, most: int = 60) -> str:
+    """A label that may be broken behind its underscores, as HTML."""
+    from markupsafe import Markup, escape
+
+    return Markup(escape(_short(value, most)).replace("_", Markup("_<wbr>")))
 
 
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def _exact(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+def _formed(value: float | None, form: str) -> str:
+    return _DASH if value is None else f"{value:{form}}"
 
 
 def _metric(value: float | None, name: str, unit: bool = True) -> str:
     """A metric as it is written: 87.2 %, 0.872; a dash where it is not defined."""
     form = _METRICS.get(name, (name, ".4g"))[1]
     if value is None:
-        return "–"
+        return _DASH
     return f"{100 * value:.1f}{' %' if unit else ''}" if form == "%" else f"{value:{form}}"
 
 
@@ -175,7 +179,7 @@ def _cards(summary: Facts, judged: str) -> list[dict[str, Any]]:
         {
             "name": _called(name),
             "value": _metric(found[name], name),
-            "interval": [_metric(bound, name, unit=False) for bound in intervals.get(name) or () if bound is not None],
+            "interval": _bounds(intervals, name),
         }
         for name in names
         if name in found
@@ -211,14 +215,13 @@ def _setting(name: str, value: Any) -> str:
 
 
 def _states(names: Sequence[str]) -> str:
-    """mean_5, mean_6 -> mean of layers 5 and 6."""
+    """mean_5, mean_6 -> mean of layers 5, 6."""
     layers: dict[str, list[str]] = {}
     for name in names:
         pooling, _, layer = name.rpartition("_")
         layers.setdefault(pooling or layer, []).append(layer)
     return " and ".join(
-        f"{pooling} of layer{'s' if len(many) > 1 else ''} {' and '.join(filter(None, [', '.join(many[:-1]), many[-1]]))}"
-        for pooling, many in layers.items()
+        f"{pooling} of layer{'s' if len(many) > 1 else ''} {', '.join(many)}" for pooling, many in layers.items()
     )
 
 
@@ -226,15 +229,32 @@ def _states(names: Sequence[str]) -> str:
 
 
 def _splits(summary: Facts) -> dict[str, Any]:
+    """A line for each count and metric, with what it is in each split."""
     scores, rows = summary.get("metrics", {}), summary.get("rows", {})
-    names = {name: None for found in scores.values() for name in found if name != "rows"}
-    names = {**{name: None for name in _METRICS if name in names}, **names}
-    counts = {"rejected": "set aside", "empty": "empty", "truncated": "truncated", "windowed": "in windows"}
-    return {
-        "names": {name: _called(name) for name in names},
-        "counts": {name: word for name, word in counts.items() if any(name in each for each in rows.values())},
-        "splits": {name: {"rows": rows.get(name, {}), "scores": scores.get(name, {})} for name in {**scores, **rows}},
-    }
+    intervals = summary.get("intervals") or {}
+    splits = list({**rows, **scores})
+    counts = {"rows": "rows", "rejected": "set aside", "empty": "empty", "truncated": "truncated"}
+    counts |= {"windowed": "in windows", "tokens": "tokens"}
+    lines: list[tuple[str, list[tuple[str, list[str]]]]] = [
+        (word, [(_formed(rows.get(split, {}).get(name), ",.0f"), []) for split in splits])
+        for name, word in counts.items()
+        if any(name in each for each in rows.values())
+    ]
+    found = dict.fromkeys(name for each in scores.values() for name in each if name != "rows")
+    for name in [*(name for name in _METRICS if name in found), *(name for name in found if name not in _METRICS)]:
+        cells = [
+            (_metric(scores.get(split, {}).get(name), name), _bounds(intervals.get(split, {}), name))
+            for split in splits
+        ]
+        lines.append((_called(name), cells))
+    reasons = {split: each["reasons"] for split, each in rows.items() if each.get("reasons")}
+    return {"splits": splits, "lines": lines, "reasons": reasons} if lines else {}
+
+
+def _bounds(intervals: Mapping[str, Any], name: str) -> list[str]:
+    """Low and high of a metric as they are written; none where they are not known."""
+    bounds = intervals.get(name) or ()
+    return [] if None in bounds else [_metric(bound, name, unit=False) for bound in bounds]
 
 
 def _weakest(row: Facts) -> float:
@@ -251,13 +271,12 @@ def _confusion(counts: Sequence[Sequence[int]] | None, labels: Sequence[str]) ->
     order = np.argsort(-wrong, axis=None, kind="stable")[:_PAIRS]
     pairs = [divmod(int(place), len(matrix)) for place in order if wrong.flat[place]]
     few = len(matrix) <= _MANY
+    labels = labels or [str(number) for number in range(len(matrix))]
     return {
         "labels": labels,
         "rows": list(zip(labels, matrix.tolist(), shares.tolist(), strict=True)) if few else [],
         "plot": None if few else _heat(shares),
-        "pairs": [(labels[a], labels[b], int(matrix[a, b]), float(shares[a, b])) for a, b in pairs]
-        if len(matrix) > 4
-        else [],
+        "pairs": [(labels[a], labels[b], int(matrix[a, b]), float(shares[a, b])) for a, b in pairs if len(matrix) > 4],
     }
 
 
@@ -322,7 +341,7 @@ def _map(points: Facts | None, numbers: bool) -> dict[str, Any] | None:
         group.append({"x": round(x), "y": round(y), "wrong": wrong, "tip": tip})
     names, colours = [*named, f"{others} other labels"], [*PALETTE[: len(named)], OTHERS]
     legend = [
-        {"key": key, "name": name, "colour": colour, "points": group}
+        {"key": key, "name": name, "colour": colour, "points": group, "other": key == len(named)}
         for key, (name, colour, group) in enumerate(zip(names, colours, groups, strict=True))
         if group
     ]
@@ -333,6 +352,7 @@ def _map(points: Facts | None, numbers: bool) -> dict[str, Any] | None:
         "groups": sorted(legend, key=lambda group: -len(group["points"])),  # small ones on top
         "wrong": sum(point["wrong"] for group in groups for point in group),
         "points": len(rows),
+        "radius": 5 if len(rows) < 500 else 3.5,
     }
 
 
@@ -384,13 +404,20 @@ def _learning(summary: Facts, details: Facts) -> str | None:
         dots = "o" if len(losses) < 40 else ""
         axes.plot(x, np.array(losses, float), color=_ACCENT, marker=dots, ms=4, label="training rows")
         if held_out is not None and len(held_out):
-            x = np.linspace(1, max(len(losses), 2), len(held_out)) if len(held_out) != len(losses) else x
-            axes.plot(x, np.array(held_out, float), color=_SECOND, marker=dots, ms=4, label="held-out rows")
+            axes.plot(
+                np.linspace(1, len(losses), len(held_out)),
+                np.array(held_out, float),
+                color=_SECOND,
+                marker=dots,
+                ms=4,
+                label="held-out rows",
+            )
             axes.legend()
         axes.set(xlabel=step, ylabel="objective")
         axes.xaxis.get_major_locator().set_params(integer=True)
 
-    return _plot("learning", 5.4, 3.0, f"The objective, {step} by {step}: from {losses[0]:.3g} to {losses[-1]:.3g}", draw)
+    words = f"The objective, {step} by {step}: from {_short(losses[0])} to {_short(losses[-1])}"
+    return _plot("learning", 4.9, 3.0, words, draw)
 
 
 def _search(search: Facts | None) -> dict[str, Any] | None:
@@ -430,7 +457,7 @@ def _search_plot(lines: Mapping[str, Sequence[Facts]], metric: str) -> str:
         axes.legend(handles[::-1], names[::-1], loc="upper left", bbox_to_anchor=(-0.02, -0.2))
 
     height = 3.2 + 0.2 * (min(len(best), len(PALETTE)) + 1)
-    return _plot("search", 5.4, height, f"{metric} over l2, a line for each of {len(best)} sets of features", draw)
+    return _plot("search", 4.9, height, f"{metric} over l2, a line for each of {len(best)} sets of features", draw)
 
 
 def _number(value: float | None, otherwise: float = np.nan) -> float:
@@ -466,7 +493,9 @@ def _reliability(after: Facts, before: Facts | None) -> str:
         if before:
             axes.legend()
 
-    return _plot("reliability", 4.2, 3.6, f"Accuracy over confidence; calibration error {_share(after['ece'])}", draw)
+    return _plot(
+        "reliability", 4.2, 3.6, f"Accuracy over confidence; calibration error {_formed(after['ece'], '.3f')}", draw
+    )
 
 
 def _abstention(curve: Facts) -> str:
@@ -494,7 +523,7 @@ def _scatter(pairs: Facts | None) -> dict[str, Any] | None:
     return {"plot": _plot("scatter", 5.0, 4.2, "Numbers given over the true ones", draw), "rows": len(some)}
 
 
-_STYLE = {
+_STYLE: Any = {
     **{"svg.fonttype": "none", "text.parse_math": False, "font.size": 10.0, "lines.linewidth": 1.8},
     **{f"{name}.color": _INK for name in ("text", "xtick", "ytick", "grid")},
     **{"axes.edgecolor": _INK, "axes.labelcolor": _INK, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False},
