@@ -144,6 +144,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("run", help="folder of a run, such as runs/demo (or URL)")
         command.set_defaults(action=action)
     command.add_argument("--repair", action="store_true", help="encode again what is damaged or missing")
+    text = "set finished runs side by side"
+    command = commands.add_parser("compare", parents=[common], help=text, description=text)
+    command.add_argument("runs", nargs="+", metavar="run", help="folder of a run, such as runs/demo (or URL)")
+    command.set_defaults(action=_compare)
     command = commands.add_parser("spec", parents=[common], help="print all keys of a spec with their defaults")
     command.set_defaults(action=_spec)
     return parser
@@ -296,6 +300,15 @@ def _verify(options: argparse.Namespace) -> dict[str, Any]:
                 print(f"  {line}")
         if not found["ok"]:
             print(f"bertray verify --repair {options.run} encodes again what is damaged or missing.", file=sys.stderr)
+    return found
+
+
+def _compare(options: argparse.Namespace) -> dict[str, Any]:
+    from bertray.compare import compare, lines
+
+    found = compare(options.runs)
+    if not options.json:
+        print("\n".join(lines(found)))
     return found
 
 
