@@ -192,7 +192,7 @@ class _Parts:
                     "on the last at most. Fit it again."
                 )
         parts = 4 if self.bundle.encoder.get("pair") == "siamese" else 1
-        wanted = (len(self.bundle.labels), parts * len(self.features) * width)
+        wanted = (len(_labels(self.bundle)), parts * len(self.features) * width)
         if self.bundle.head.weight.shape != wanted:
             raise BundleError(f"The bundle's weights are {self.bundle.head.weight.shape}, not {wanted}. Fit it again.")
 
@@ -280,6 +280,13 @@ def _features(bundle: Bundle) -> tuple[tuple[str, int], ...]:
     return features
 
 
+def _labels(bundle: Bundle) -> tuple[str, ...]:
+    """A name of each output of the head."""
+    if bundle.task == "question-answering":
+        return ("start", "end")
+    return bundle.labels or ("value",) if bundle.problem == "regression" else bundle.labels
+
+
 # --- folders ------------------------------------------------------------------------------------------------------
 
 
@@ -289,10 +296,9 @@ def _free(output: str) -> Path:
     Raises:
         BertrayError: it is on a store, or holds other things.
     """
-    location = Location(output)
-    if not location.local:
+    if "://" in output:
         raise BertrayError(f"{output} is a URL: --output must be a local folder. Copy it there afterwards.")
-    folder = Path(location.path)
+    folder = Path(Location(output).path)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / _MARK).is_file()):
         raise BertrayError(f"{folder} is there and is no earlier export. Give a new or empty folder as --output.")
     return folder
@@ -321,13 +327,15 @@ def _move(made: Path, folder: Path) -> list[str]:
 def _finish(bundle: Bundle, format: str, folder: Path, written: _Written) -> None:
     """The card, and the mark with the names of all files."""
     (folder / "README.md").write_text(_card(bundle, format, written), encoding="utf-8")
+    words = {"words": bundle.features[0].split("_")[0]} if bundle.task == "token-classification" else {}
     files = sorted([*(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()), _MARK])
     mark = {
         "format": format,
         "task": bundle.task,
         "problem": bundle.problem,
-        "labels": bundle.labels,
+        "labels": _labels(bundle),
         "features": bundle.features,
+        **words,
         "pairs": bundle.pairs,
         "max_length": bundle.encoder["max_length"],
         "model": bundle.encoder["model"],
@@ -353,8 +361,7 @@ def _to_transformers(parts: _Parts, folder: Path) -> _Written:
         shutil.copy(_WRAPPER, folder / _WRAPPER.name)
     model.save_pretrained(folder)
     parts.tokenizer.save_pretrained(folder)
-    more = {"words": parts.words} if parts.bundle.task == "token-classification" else {}
-    return _Written(type(model).__name__, wrapper, difference, _transformers_usage(parts, wrapper), more)
+    return _Written(type(model).__name__, wrapper, difference, _transformers_usage(parts, wrapper), {})
 
 
 def _stock(parts: _Parts) -> Any:
@@ -362,7 +369,7 @@ def _stock(parts: _Parts) -> Any:
     feature of the bundle."""
     bundle = parts.bundle
     wanted = "first" if parts.of_tokens else "pooler"
-    if len(parts.features) > 1 or parts.words != wanted or not parts.depth:
+    if parts.features != ((wanted, parts.depth),) or not parts.depth:
         return None
     config = type(parts.config).from_dict({**parts.config.to_dict(), **_labelled(bundle)})
     try:
@@ -415,8 +422,8 @@ def _labelled(bundle: Bundle) -> dict[str, Any]:
     problems = {"multi_label": "multi_label_classification", "regression": "regression"}
     problem = problems.get(bundle.problem, "single_label_classification")
     return {
-        "id2label": dict(enumerate(bundle.labels)),
-        "label2id": {label: i for i, label in enumerate(bundle.labels)},
+        "id2label": dict(enumerate(_labels(bundle))),
+        "label2id": {label: i for i, label in enumerate(_labels(bundle))},
         "problem_type": problem if bundle.task == "text-classification" else None,
     }
 
@@ -498,9 +505,7 @@ def _to_onnx(parts: _Parts, folder: Path) -> _Written:
 
     difference = parts.held(run, parts.answers)
     parts.tokenizer.save_pretrained(folder)
-    more: dict[str, Any] = {"inputs": names, "output": output}
-    if parts.bundle.task == "token-classification":
-        more["words"] = parts.words
+    more = {"inputs": names, "output": output}
     return _Written("onnxruntime.InferenceSession", False, difference, _onnx_usage(parts, output), more)
 
 
@@ -561,13 +566,11 @@ def _write_pooler(encoder: Any, folder: Path) -> None:
             "sentence-transformers can hold. Export with --format transformers or onnx."
         )
     width = dense.out_features
-    config = {"in_features": width, "out_features": width, "bias": True, "activation_function": _TANH}
+    tanh = "torch.nn.modules.activation.Tanh"
+    config = {"in_features": width, "out_features": width, "bias": True, "activation_function": tanh}
     _write_json(folder / "config.json", config)
     weights = {f"linear.{name}": values.contiguous() for name, values in dense.state_dict().items()}
     save_file(weights, folder / "model.safetensors")
-
-
-_TANH = "torch.nn.modules.activation.Tanh"
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -605,7 +608,7 @@ base_model: {encoder["model"]}
 Written by [bertray] from a bundle: its encoder up to the highest layer that is used{_and_head(format)}.
 
 - Loaded by: {written.classes}, {code}
-- Labels: {", ".join(bundle.labels)} ({bundle.problem.replace("_", " ")})
+- Outputs: {", ".join(_labels(bundle))} ({bundle.problem.replace("_", " ")})
 - Input: {"pairs of texts" if bundle.pairs else "single texts"}, at most {encoder["max_length"]} tokens
   (longer ones are cut, {longer})
 - Features: {", ".join(bundle.features)}
@@ -643,9 +646,15 @@ scores = model(**tokenizer("a question", "a text", truncation=True, return_tenso
 # start_logits and end_logits of each token; token 0 is "no answer\""""
     if bundle.task == "token-classification":
         strategy = {"first": "first", "mean": "average"}[parts.words]
+        words = (
+            'tag(["it\'s", "my", "own", "words"], is_split_into_words=True)'
+            if wrapper
+            else "# where punctuation splits a word, as in it's, the label of its first part is the word's"
+        )
         return f"""from transformers import pipeline
 tag = pipeline("{bundle.task}", model="PATH OF THIS FOLDER", aggregation_strategy="{strategy}"{trust})
-tag("a text")"""
+tag("a text")
+{words}"""
     text = '{"text": "a text", "text_pair": "another"}' if bundle.pairs else '"a text"'
     return f"""from transformers import pipeline
 classify = pipeline("{bundle.task}", model="PATH OF THIS FOLDER"{trust})
@@ -658,8 +667,8 @@ def _onnx_usage(parts: _Parts, output: str) -> str:
     texts = '["a text"], ["another"]' if pairs else '["a text", "another"]'
     of_word = {"first": "its first token's", "mean": "the mean of its tokens'"}
     notes = {
-        "text-classification": f"# [texts, {len(bundle.labels)}]",
-        "token-classification": f"# [texts, tokens, {len(bundle.labels)}]; a word's are {of_word.get(parts.words)}",
+        "text-classification": f"# [texts, {len(_labels(bundle))}]",
+        "token-classification": f"# [texts, tokens, {len(_labels(bundle))}]; a word's are {of_word.get(parts.words)}",
         "question-answering": '# [texts, tokens, 2]: start and end; token 0 is "no answer"',
     }
     return f"""import onnxruntime
