@@ -76,8 +76,9 @@ def export(bundle: Bundle, format: str, output: str) -> dict[str, Any]:
     if format not in FORMATS:
         raise BertrayError(f"--format must be one of {', '.join(FORMATS)}. Got {format!r} instead.")
     folder = _free(output)
+    earlier = _files(folder)
     features = _features(bundle)
-    if bundle.encoder.get("pair") == "siamese" and format != "sentence-transformers":
+    if _siamese(bundle) and format != "sentence-transformers":
         raise BundleError(
             f"A siamese bundle encodes two texts apart, which --format {format} cannot. Export its encoder with "
             "--format sentence-transformers, or fit on pairs in one sequence."
@@ -89,7 +90,7 @@ def export(bundle: Bundle, format: str, output: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as made:
             written = _WRITERS[format](parts, Path(made))
             _finish(bundle, format, Path(made), written)
-            files = _move(Path(made), folder)
+            files = _move(Path(made), folder, earlier)
     return {"output": str(folder), "format": format, **written.summary, "files": files}
 
 
@@ -134,7 +135,7 @@ class _Parts:
     @property
     def of_tokens(self) -> bool:
         """Whether there is an answer to each token."""
-        return self.bundle.task != "text-classification"
+        return _of_tokens(self.bundle)
 
     @property
     def words(self) -> str:
@@ -144,19 +145,34 @@ class _Parts:
 
     @cached_property
     def config(self) -> Any:
-        """The encoder's config, without layers that are not needed."""
+        """The encoder's config without the layers above those that are needed, but with one at least; with all where
+        the family's config ties other things to their number."""
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(self.checkpoint.folder, num_hidden_layers=self.depth)
+        whole = AutoConfig.from_pretrained(self.checkpoint.folder)
+        cut = AutoConfig.from_pretrained(self.checkpoint.folder, num_hidden_layers=max(1, self.depth))
+        try:
+            return type(cut).from_dict(cut.to_dict())
+        except Exception:  # what a config holds against itself has many kinds
+            return whole
+
+    @property
+    def last(self) -> bool:
+        """Whether the highest layer that is needed is the last that there is in the export."""
+        return self.depth == self.config.num_hidden_layers
 
     @cached_property
     def plain(self) -> Any:
         """The whole encoder as transformers loads it.
 
         Raises:
-            CheckpointError: its pooler is needed and not trained.
+            CheckpointError: it cannot be loaded, or its pooler is needed and not trained.
         """
-        model, missing = _loaded("AutoModel", self.checkpoint)
+        try:
+            model, missing = _loaded("AutoModel", self.checkpoint)
+        except Exception as error:  # transformers raises many kinds: say what it said
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{self.checkpoint.name} cannot be loaded: {reason}") from error
         pooled = any(pooling == "pooler" for pooling, _ in self.features)
         if pooled and (getattr(model, "pooler", None) is None or any("pooler" in key for key in missing)):
             raise CheckpointError(f"{self.checkpoint.name} has no trained pooler. Fit on mean, cls or max.")
@@ -171,7 +187,7 @@ class _Parts:
         names = ["input_ids", "token_type_ids", "attention_mask"] if typed else ["input_ids", "attention_mask"]
         limit = self.bundle.encoder["max_length"]
         tokenizer = AutoTokenizer.from_pretrained(
-            self.checkpoint.folder, model_max_length=limit, model_input_names=names
+            self.checkpoint.folder, model_max_length=limit, max_length=limit, model_input_names=names
         )
         backend = tokenizer.backend_tokenizer  # for those who load tokenizer.json with the package tokenizers alone
         backend.enable_truncation(limit)
@@ -191,15 +207,14 @@ class _Parts:
                     f"The bundle uses {pooling}_{layer}, but {self.checkpoint.name} has {layers} layers and a pooler "
                     "on the last at most. Fit it again."
                 )
-        parts = 4 if self.bundle.encoder.get("pair") == "siamese" else 1
+        parts = 4 if _siamese(self.bundle) else 1  # u, v, |u - v|, u * v
         wanted = (len(_labels(self.bundle)), parts * len(self.features) * width)
         if self.bundle.head.weight.shape != wanted:
             raise BundleError(f"The bundle's weights are {self.bundle.head.weight.shape}, not {wanted}. Fit it again.")
 
     def batch(self) -> Batch:
         """The sample, padded."""
-        pairs = self.bundle.pairs or self.bundle.task == "question-answering"
-        texts = [[pair[side] for pair in _SAMPLE] for side in range(2 if pairs else 1)]
+        texts = [[pair[side] for pair in _SAMPLE] for side in range(1 + _paired(self.bundle))]
         return dict(self.tokenizer(*texts, truncation=True, padding=True, return_tensors="pt"))
 
     @torch.inference_mode()
@@ -250,8 +265,8 @@ class _Parts:
         difference = self.difference(run, of)
         if not difference <= _TOLERANCE:
             raise BundleError(
-                f"The export of {self.checkpoint.name} up to layer {self.depth} answers otherwise than the bundle, by "
-                f"{difference:.2g}. Fit on a checkpoint of BERT's family, or on its last layer."
+                f"{self.checkpoint.name}, cut after layer {self.depth} and with padding, answers otherwise than alone, "
+                f"by {difference:.2g}. Fit on a checkpoint of BERT's family."
             )
         return difference
 
@@ -280,6 +295,20 @@ def _features(bundle: Bundle) -> tuple[tuple[str, int], ...]:
     return features
 
 
+def _of_tokens(bundle: Bundle) -> bool:
+    return bundle.task != "text-classification"
+
+
+def _paired(bundle: Bundle) -> bool:
+    """Whether two texts make one sequence."""
+    return bundle.task == "question-answering" or (bundle.pairs and not _siamese(bundle))
+
+
+def _siamese(bundle: Bundle) -> bool:
+    """Whether two texts are encoded apart."""
+    return bundle.encoder.get("pair") == "siamese"
+
+
 def _labels(bundle: Bundle) -> tuple[str, ...]:
     """A name of each output of the head."""
     if bundle.task == "question-answering":
@@ -304,23 +333,36 @@ def _free(output: str) -> Path:
     return folder
 
 
-def _move(made: Path, folder: Path) -> list[str]:
-    """Put what was made in place of an earlier export, of which nothing but what it wrote is deleted. The mark comes
-    last, though an earlier one stays until then: so what breaks off can be done again."""
+def _files(folder: Path) -> list[str]:
+    """What an earlier export wrote there.
+
+    Raises:
+        BertrayError: its mark is damaged.
+    """
     mark = folder / _MARK
+    if not mark.exists():
+        return []
     try:
-        old = json.loads(mark.read_text(encoding="utf-8"))["files"] if mark.exists() else []
+        files = [Path(name) for name in json.loads(mark.read_text(encoding="utf-8"))["files"]]
     except (ValueError, KeyError, TypeError):
         raise BertrayError(f"{mark} is damaged. Delete {folder}, or give another --output.") from None
+    return [str(file) for file in files if ".." not in file.parts and not file.is_absolute()]
+
+
+def _move(made: Path, folder: Path, earlier: Sequence[str]) -> list[str]:
+    """Put what was made in place of an earlier export, of which nothing but what it wrote is deleted. The mark comes
+    last, and an earlier one stays until then: what breaks off can be done again."""
     files = sorted(str(path.relative_to(made)) for path in made.rglob("*") if path.is_file())
-    for name in set(old) - {_MARK}:
-        if ".." not in Path(name).parts and not Path(name).is_absolute():
-            (folder / name).unlink(missing_ok=True)
+    mode = (made / "README.md").stat().st_mode  # some libraries make files that nobody else may read
+    for name in set(earlier) - {_MARK}:
+        (folder / name).unlink(missing_ok=True)
     for name in sorted(files, key=lambda name: name == _MARK):
+        (made / name).chmod(mode)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (made / name).replace(folder / name)
-    for inner in (path for path in folder.iterdir() if path.is_dir() and not any(path.iterdir())):
-        inner.rmdir()
+    for inner in {(folder / name).parent for name in earlier} - {folder}:
+        if inner.is_dir() and not any(inner.iterdir()):
+            inner.rmdir()
     return files
 
 
@@ -369,7 +411,7 @@ def _stock(parts: _Parts) -> Any:
     feature of the bundle."""
     bundle = parts.bundle
     wanted = "first" if parts.of_tokens else "pooler"
-    if parts.features != ((wanted, parts.depth),) or not parts.depth:
+    if parts.features != ((wanted, parts.depth),) or not parts.last:
         return None
     config = type(parts.config).from_dict({**parts.config.to_dict(), **_labelled(bundle)})
     try:
@@ -388,7 +430,7 @@ def _wrapped(parts: _Parts) -> Any:
     bundle = parts.bundle
     wrapper = _wrapper_module()
     name = f"Bertray{_CLASSES[bundle.task]}"
-    unneeded = ("_name_or_path", "architectures", "id2label", "label2id", "transformers_version")
+    unneeded = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "transformers_version")
     encoder = {key: value for key, value in parts.config.to_dict().items() if key not in unneeded}
     features = [f"{'first' if parts.of_tokens else pooling}_{layer}" for pooling, layer in parts.features]
     config = wrapper.BertrayConfig(encoder, features, **_labelled(bundle))
@@ -487,17 +529,21 @@ def _to_onnx(parts: _Parts, folder: Path) -> _Written:
     output = "logits" if parts.of_tokens else "values" if parts.bundle.problem == "regression" else "probabilities"
     size = sum(weights.nbytes for weights in graph.parameters())
     path = folder / "model.onnx"
-    torch.onnx.export(
-        graph,
-        tuple(batch[name] for name in names),
-        path,
-        input_names=names,
-        output_names=[output],
-        dynamic_shapes=(tuple({0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens")} for _ in names),),
-        external_data=size > _ONE_FILE,
-        dynamo=True,
-        verbose=False,
-    )
+    try:
+        torch.onnx.export(
+            graph,
+            tuple(batch[name] for name in names),
+            path,
+            input_names=names,
+            output_names=[output],
+            dynamic_shapes=(tuple({0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens")} for _ in names),),
+            external_data=size > _ONE_FILE,
+            dynamo=True,
+            verbose=False,
+        )
+    except Exception as error:  # torch raises many kinds: say what it said
+        reason = " ".join(str(error).split())[:300]
+        raise BundleError(f"torch cannot make a graph of {parts.checkpoint.name}: {reason}") from error
     session = onnxruntime.InferenceSession(path)
 
     def run(batch: Batch) -> NDArray[np.float32]:
@@ -517,9 +563,10 @@ def _to_sentence_transformers(parts: _Parts, folder: Path) -> _Written:
     bundle = parts.bundle
     poolings = [pooling for pooling, _ in parts.features]
     layers = {layer for _, layer in parts.features}
-    if parts.of_tokens or len(layers) > 1 or not parts.depth or ("pooler" in poolings and len(poolings) > 1):
+    if parts.of_tokens or len(layers) > 1 or not parts.last or ("pooler" in poolings and len(poolings) > 1):
         raise BundleError(
-            f"sentence-transformers pools one layer for a vector a text, which {', '.join(bundle.features)} is not. "
+            f"sentence-transformers pools the last layer of an encoder for a vector a text, which "
+            f"{', '.join(bundle.features)} of {parts.checkpoint.name} is not. "
             "Export with --format transformers or onnx."
         )
     model = _wrapped(parts)
@@ -592,7 +639,11 @@ def _card(bundle: Bundle, format: str, written: _Written) -> str:
     encoder = bundle.encoder
     code = f"the code in {_WRAPPER.name}, which loading it runs" if written.wrapper else "no code of its own"
     usage = "\n".join(f"    {line}" if line else "" for line in written.usage.splitlines())
-    answers = "vectors" if format == "sentence-transformers" else "logits" if _tokens(bundle) else "answers"
+    answers = "vectors" if format == "sentence-transformers" else "logits" if _of_tokens(bundle) else "answers"
+    problem = "" if _of_tokens(bundle) else f" ({bundle.problem.replace('_', ' ')})"
+    inputs = "pairs of texts" if _paired(bundle) else "single texts"
+    if bundle.task == "question-answering":
+        inputs = "a question and a text"
     longer = {
         "truncate": "as in the bundle",
         "window": "where the bundle encodes windows of them",
@@ -608,8 +659,8 @@ base_model: {encoder["model"]}
 Written by [bertray] from a bundle: its encoder up to the highest layer that is used{_and_head(format)}.
 
 - Loaded by: {written.classes}, {code}
-- Outputs: {", ".join(_labels(bundle))} ({bundle.problem.replace("_", " ")})
-- Input: {"pairs of texts" if bundle.pairs else "single texts"}, at most {encoder["max_length"]} tokens
+- Outputs: {", ".join(_labels(bundle))}{problem}
+- Input: {inputs}, at most {encoder["max_length"]} tokens
   (longer ones are cut, {longer})
 - Features: {", ".join(bundle.features)}
 - Exact: {answers} differ from plain transformers by {written.difference:.1g} at most, on a few texts when this was
@@ -621,10 +672,6 @@ Use it:
 
 [bertray]: a distributed job that encodes text once and fits heads on the vectors.
 """
-
-
-def _tokens(bundle: Bundle) -> bool:
-    return bundle.task != "text-classification"
 
 
 def _and_head(format: str) -> str:
@@ -655,7 +702,7 @@ scores = model(**tokenizer("a question", "a text", truncation=True, return_tenso
 tag = pipeline("{bundle.task}", model="PATH OF THIS FOLDER", aggregation_strategy="{strategy}"{trust})
 tag("a text")
 {words}"""
-    text = '{"text": "a text", "text_pair": "another"}' if bundle.pairs else '"a text"'
+    text = '{"text": "a text", "text_pair": "another"}' if _paired(bundle) else '"a text"'
     return f"""from transformers import pipeline
 classify = pipeline("{bundle.task}", model="PATH OF THIS FOLDER"{trust})
 classify({text}, truncation=True, top_k=None)"""
@@ -663,8 +710,7 @@ classify({text}, truncation=True, top_k=None)"""
 
 def _onnx_usage(parts: _Parts, output: str) -> str:
     bundle = parts.bundle
-    pairs = bundle.pairs or bundle.task == "question-answering"
-    texts = '["a text"], ["another"]' if pairs else '["a text", "another"]'
+    texts = '["a text"], ["another"]' if _paired(bundle) else '["a text", "another"]'
     of_word = {"first": "its first token's", "mean": "the mean of its tokens'"}
     notes = {
         "text-classification": f"# [texts, {len(_labels(bundle))}]",
@@ -681,8 +727,7 @@ inputs = tokenizer({texts}, truncation=True, padding=True, return_tensors="np")
 
 
 def _sentence_usage(parts: _Parts) -> str:
-    paired = parts.bundle.pairs and parts.bundle.encoder.get("pair") != "siamese"
-    texts = '("a text", "another")' if paired else '"a text"'
+    texts = '("a text", "another")' if _paired(parts.bundle) else '"a text"'
     return f"""from sentence_transformers import SentenceTransformer
 vectors = SentenceTransformer("PATH OF THIS FOLDER").encode([{texts}])"""
 

@@ -81,7 +81,7 @@ def make(tiny):
 def plain(folder):
     from transformers import AutoModel, AutoTokenizer
 
-    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    return AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 @torch.inference_mode()
@@ -110,6 +110,13 @@ def answers(bundle, *texts):
         return bundle.head.probabilities(x[None])[0]
     logits = bundle.head.weight @ x + bundle.head.bias
     return logits if bundle.problem == "regression" else 1 / (1 + np.exp(-logits))
+
+
+def predicted(bundle, known={}):  # noqa: B006
+    """What bertray answers to the texts; an encoder is loaded once."""
+    if bundle.features not in known:
+        known[bundle.features] = Predictor(bundle).predict(TEXTS)
+    return known[bundle.features]
 
 
 def logits(bundle, *texts):
@@ -201,7 +208,7 @@ def test_they_answer_as_bertray_predicts(make, minilm, tmp_path, pooling):
     bundle = make(f"{pooling}_6", folder=minilm.folder)
     made = export(bundle, "transformers", str(tmp_path / "out"))
     found = by_pipeline(tmp_path / "out", bundle, TEXTS, **{"trust_remote_code": True} if made["wrapper"] else {})
-    expected = Predictor(bundle).predict(TEXTS)
+    expected = predicted(bundle)
     np.testing.assert_allclose(found, expected.probabilities, atol=1e-4)
     assert [bundle.labels[i] for i in found.argmax(1)] == expected.labels
 
@@ -305,11 +312,12 @@ def family(tiny, tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         sizes = {"vocab_size": 30522, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
         more = {
-            "Bert": {},
+            "Bert": {},  # its weights in half
             "Roberta": {"type_vocab_size": 1, "max_position_embeddings": 514},
             "DistilBert": {"dim": 32, "n_heads": 2, "hidden_dim": 64, "n_layers": 2},
             "Electra": {"embedding_size": 16},
             "Albert": {"embedding_size": 16},
+            "ModernBert": {name: None for name in ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")},
         }[name]
         if name == "DistilBert":
             sizes = {"vocab_size": 30522}
@@ -317,7 +325,8 @@ def family(tiny, tmp_path_factory):
             more = {"num_hidden_layers": 2, **more}
         torch.manual_seed(1)
         config = getattr(transformers, f"{name}Config")(**sizes, **more, pad_token_id=0)
-        getattr(transformers, f"{name}Model")(config).save_pretrained(folder)
+        model = getattr(transformers, f"{name}Model")(config)
+        (model.half() if name == "Bert" else model).save_pretrained(folder)
         transformers.AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
         return folder
 
@@ -327,6 +336,7 @@ def family(tiny, tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "features", "wrapper"),
     [
+        ("Bert", ("mean_1", "pooler_2"), True),
         ("Roberta", ("pooler_2",), True),  # the head of its class is two layers
         ("DistilBert", ("cls_2",), True),
         ("Electra", ("mean_1", "max_2"), True),
@@ -346,18 +356,39 @@ def test_other_families(make, family, tmp_path, name, features, wrapper):
     assert made["classes"] == f"{name}ForQuestionAnswering"
 
 
+def test_layers_stay_where_a_family_ties_more_to_their_number(make, family, tmp_path):
+    folder = family("ModernBert")
+    bundle = make("mean_1", folder=folder)
+    assert export(bundle, "transformers", str(tmp_path / "out"))["wrapper"]
+    found = by_pipeline(tmp_path / "out", bundle, TEXTS, trust_remote_code=True)
+    np.testing.assert_allclose(found, [answers(bundle, text) for text in TEXTS], atol=1e-5)
+    assert export(make("first_1", folder=folder, task="token-classification"), "transformers", str(tmp_path / "1"))[
+        "wrapper"
+    ]
+    with pytest.raises(BundleError, match="pools the last layer"):
+        export(bundle, "sentence-transformers", str(tmp_path / "2"))
+
+
+def test_padding_that_changes_answers_is_found(make, family, tmp_path, monkeypatch):
+    from bertray.export import _wrapper_module
+
+    def careless():
+        module = _wrapper_module()
+        pooled = module._pooled
+        module._pooled = lambda name, states, mask, pooler: pooled(name, states, torch.ones_like(mask), pooler)
+        return module
+
+    monkeypatch.setattr("bertray.export._wrapper_module", careless)
+    with pytest.raises(BundleError, match="with padding, answers otherwise than alone, by 0"):
+        export(make("mean_2"), "transformers", str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
 # --- ONNX ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("features", "problem"),
-    [
-        (("mean_0", "max_1", "cls_2", "pooler_2"), "single_label"),
-        (("max_1",), "multi_label"),
-    ],
-)
-def test_onnx_gives_the_answers_of_texts(make, tmp_path, onnx, features, problem):
-    bundle = make(*features, problem=problem)
+def test_onnx_gives_the_answers_of_texts(make, tmp_path, onnx):
+    bundle = make("mean_0", "max_1", "cls_2", "pooler_2")
     made = export(bundle, "onnx", str(tmp_path / "out"))
     expected = [answers(bundle, text) for text in TEXTS]
     found, _ = by_onnx(tmp_path / "out", TEXTS)
@@ -371,17 +402,18 @@ def test_onnx_gives_the_answers_of_texts(make, tmp_path, onnx, features, problem
 def test_onnx_of_a_real_encoder(make, minilm, tmp_path, onnx):
     from tokenizers import Tokenizer
 
-    bundle = make("mean_6", folder=minilm.folder, max_length=40)
+    bundle = make("mean_6", folder=minilm.folder)
     export(bundle, "onnx", str(tmp_path / "out"))
     found, mask = by_onnx(tmp_path / "out", TEXTS)
-    np.testing.assert_allclose(found, Predictor(bundle).predict(TEXTS).probabilities, atol=1e-4)
+    np.testing.assert_allclose(found, predicted(bundle).probabilities, atol=1e-4)
     alone = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).encode_batch(TEXTS)
     assert [row.attention_mask for row in alone] == mask.astype(int).tolist()
 
 
-def test_onnx_takes_pairs(make, tmp_path, onnx):
-    bundle = make("mean_2", pair="cross", max_length=24)
-    export(bundle, "onnx", str(tmp_path / "out"))
+def test_onnx_takes_pairs(make, tmp_path, onnx, monkeypatch):
+    monkeypatch.setattr("bertray.export._ONE_FILE", 0)  # as if it were large
+    bundle = make("max_1", pair="cross", max_length=24, problem="multi_label")
+    assert "model.onnx.data" in export(bundle, "onnx", str(tmp_path / "out"))["files"]
     expected = [answers(bundle, *both) for both in zip(TEXTS, PAIRS, strict=True)]
     np.testing.assert_allclose(by_onnx(tmp_path / "out", TEXTS, PAIRS)[0], expected, atol=1e-5)
 
@@ -462,7 +494,7 @@ def test_sentence_transformers_takes_pairs(make, tmp_path, sentences):
     ],
 )
 def test_sentence_transformers_is_refused_what_it_cannot_pool(make, tmp_path, features, task):
-    with pytest.raises(BundleError, match="pools one layer .* Export with --format transformers or onnx"):
+    with pytest.raises(BundleError, match="pools the last layer .* Export with --format transformers or onnx"):
         export(make(*features, task=task), "sentence-transformers", str(tmp_path / "out"))
 
 
@@ -508,6 +540,12 @@ def test_urls_are_refused(make):
         export(make("mean_2"), "transformers", "s3://box/out")
 
 
+def test_a_mark_may_be_damaged(make, tmp_path):
+    (tmp_path / "export.json").write_text('{"files": [1]}')
+    with pytest.raises(BertrayError, match="export.json is damaged. Delete"):
+        export(make("mean_2"), "transformers", str(tmp_path))
+
+
 def test_an_earlier_export_is_replaced_and_nothing_else(make, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -516,6 +554,7 @@ def test_an_earlier_export_is_replaced_and_nothing_else(make, tmp_path):
     made = export(make("first_2", task="token-classification"), "transformers", str(out))
     assert sorted(os.listdir(out)) == sorted([*made["files"], "mine.txt"])
     assert not (out / "1_Pooling").exists()
+    assert len({(out / name).stat().st_mode for name in made["files"]}) == 1
     (out / "export.json").unlink()
     with pytest.raises(BertrayError, match="is no earlier export"):
         export(make("mean_2"), "transformers", str(out))

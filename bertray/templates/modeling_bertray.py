@@ -1,4 +1,4 @@
-"""A linear head of bertray on the encoder that it was fitted on, for transformers.
+"""A linear head of bertray on the encoder that it was fitted on, for transformers 5.
 
 bertray copies this file, as it is, beside weights that no class of transformers fits: heads on a mean or maximum over
 tokens, or on several layers side by side. config.json names the classes, so that this loads and answers:
@@ -6,8 +6,8 @@ tokens, or on several layers side by side. config.json names the classes, so tha
     pipeline(TASK, model=FOLDER, trust_remote_code=True)
 
 The config's `features` are the states that the head's input consists of, in their order: `mean_6` is the mean over the
-tokens of the sixth layer's output, `cls_0` that of the embeddings at [CLS], `first_6` that of each token itself. The
-encoder has no layers above the highest of them. For inference only: there is no loss.
+tokens of the sixth layer's output, `cls_0` that of the embeddings at [CLS], `first_6` that of each token itself. Where
+the encoder's family allows it, there are no layers above the highest of them. For inference only: there is no loss.
 """
 
 from typing import Any
@@ -154,6 +154,7 @@ class BertrayTokenPipeline(TokenClassificationPipeline):
 
     def aggregate_word(self, entities: Any, aggregation_strategy: Any) -> Any:
         if getattr(aggregation_strategy, "value", aggregation_strategy) == "average":
-            scores = np.exp(np.mean([np.log(entity["scores"]) for entity in entities], 0))
+            least = np.finfo(np.float32).tiny
+            scores = np.exp(np.mean([np.log(np.maximum(entity["scores"], least)) for entity in entities], 0))
             entities = [{**entity, "scores": scores / scores.sum()} for entity in entities]
         return super().aggregate_word(entities, aggregation_strategy)
