@@ -378,7 +378,7 @@ def _finish(bundle: Bundle, format: str, folder: Path, written: _Written) -> Non
         "labels": _labels(bundle),
         "features": bundle.features,
         **words,
-        "pairs": bundle.pairs,
+        "pairs": _paired(bundle),
         "max_length": bundle.encoder["max_length"],
         "model": bundle.encoder["model"],
         "revision": bundle.encoder["revision"],
