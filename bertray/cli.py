@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, parents=[of_spec], help=text, description=text)
         command.set_defaults(action=_run, until=until)
     _add_predict(commands, common)
+    _add_export(commands, common)
     command = commands.add_parser(
         "serve",
         parents=[common],
@@ -169,6 +170,15 @@ def _add_predict(commands: Any, common: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a size for Ray, such as ray.workers=4"
     )
     command.set_defaults(action=_predict)
+
+
+def _add_export(commands: Any, common: argparse.ArgumentParser) -> None:
+    text = "write a bundle and its encoder for another library"
+    command = commands.add_parser("export", parents=[common], help=text, description=text)
+    command.add_argument("bundle", help="folder of a bundle, such as runs/demo/head")
+    command.add_argument("--format", required=True, help="transformers, onnx or sentence-transformers")
+    command.add_argument("--output", required=True, metavar="DIR", help="local folder, new or of an earlier export")
+    command.set_defaults(action=_export)
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
@@ -246,6 +256,20 @@ def _predict(options: argparse.Namespace) -> dict[str, Any]:
             f"{counts['rejected']:,} set aside): {options.output}"
         )
     return {"output": options.output, **counts}
+
+
+def _export(options: argparse.Namespace) -> dict[str, Any]:
+    from bertray import bundle as bundles
+    from bertray.export import export
+
+    made = export(bundles.load(options.bundle), options.format, options.output)
+    if not options.json:
+        code = "code in the folder: trust_remote_code=True" if made["wrapper"] else "no code of ours"
+        print(
+            f"exported for {made['format']}: {made['output']}, loaded by {made['classes']} ({code}); differs from "
+            f"plain transformers by {made['difference']:.1g} at most"
+        )
+    return made
 
 
 def _serve(options: argparse.Namespace) -> None:
