@@ -136,7 +136,8 @@ def parse(body: bytes, pairs: bool) -> tuple[list[Any], bool]:
 
 
 def _as_pair(item: Any) -> Any:
-    return [item["question"], item["context"]] if isinstance(item, dict) and {"question", "context"} <= {*item} else item
+    asked = isinstance(item, dict) and {"question", "context"} <= {*item}
+    return [item["question"], item["context"]] if asked else item
 
 
 def _is_input(item: Any, pairs: bool) -> bool:

@@ -469,7 +469,6 @@ class _Descent:
 
     def _downhill(self) -> "tuple[torch.Tensor, torch.Tensor]":
         """The direction [A, size] by the two-loop recursion, and the slope [A] along it."""
-        import torch
 
         found, parts = self.gradient.clone(), []
         for step, change, inverse in reversed(self.history):
