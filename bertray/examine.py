@@ -95,7 +95,8 @@ def _picked(store: Store, numbers: Sequence[int]) -> Iterator[tuple[int, dict[st
     left, begun = list(numbers), 0
     for table in store.tables(["id", "text", "label"]) if left else ():
         own = [number for number in left if number < begun + table.num_rows]
-        yield from zip(own, table.take(pa.array([number - begun for number in own], pa.int64())).to_pylist(), strict=True)
+        places = pa.array([number - begun for number in own], pa.int64())
+        yield from zip(own, table.take(places).to_pylist(), strict=True)
         left, begun = left[len(own) :], begun + table.num_rows
 
 

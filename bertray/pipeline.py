@@ -375,6 +375,9 @@ class _Run:
             "labels": list(bundle.labels),
             "losses": list(bundle.losses),
             **evaluations[judged].details,
+            "confusion": {
+                name: found.details["confusion"] for name, found in evaluations.items() if bundle.form == "name"
+            },
             **examine(splits, self.manifests, bundle, self.choice, classes, predictions, judged),
             **_searched(self.choice, bundle),
         }
