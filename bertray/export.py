@@ -306,7 +306,7 @@ def _paired(bundle: Bundle) -> bool:
 
 def _siamese(bundle: Bundle) -> bool:
     """Whether two texts are encoded apart."""
-    return bundle.encoder.get("pair") == "siamese"
+    return bundle.pairs and bundle.encoder.get("pair") == "siamese"
 
 
 def _labels(bundle: Bundle) -> tuple[str, ...]:
