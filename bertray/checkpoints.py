@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from bertray.errors import CheckpointError
 
@@ -51,10 +52,19 @@ class Checkpoint:
         return _sha256(weights if len(weights) != 1 else weights[0])
 
     @cached_property
+    def _config(self) -> dict[str, Any]:
+        config: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return config
+
+    @property
     def layers(self) -> int:
         """How many layers there are above the embeddings."""
-        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        return int(config.get("num_hidden_layers") or config.get("n_layers") or 0)
+        return int(self._config.get("num_hidden_layers") or self._config.get("n_layers") or 0)
+
+    @property
+    def width(self) -> int:
+        """Numbers of a state."""
+        return int(self._config.get("hidden_size") or self._config.get("dim") or 0)
 
     @cached_property
     def identity(self) -> dict[str, str]:

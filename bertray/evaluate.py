@@ -19,6 +19,7 @@ from bertray.annotations import Ints, answers_of
 from bertray.bundle import Bundle
 from bertray.features import related
 from bertray.heads import probabilities
+from bertray.states import tables
 from bertray.storage import Location
 from bertray.store import Store
 from bertray.vectors import vectors_of
@@ -42,12 +43,18 @@ class Evaluation:
 
 
 def evaluate(
-    store: Store, bundle: Bundle, classes: Mapping[str, int], predictions: Location, texts: Store | None = None
+    store: Store,
+    bundle: Bundle,
+    classes: Mapping[str, int],
+    predictions: Location,
+    texts: Store | None = None,
+    encoder: Any = None,
 ) -> Evaluation:
     """Judge a bundle by every row of a complete, labelled store, and write what it answers to each row.
 
     Args:
         texts: the store of the distinct texts, where pairs are encoded apart.
+        encoder: what makes the vectors again, where they are not stored.
 
     Writes: predictions, a Parquet file with id, text (and text_pair), label, what `answers.columns` tells, and loss.
     """
@@ -55,7 +62,7 @@ def evaluate(
     apart = _vectors(texts, bundle) if texts else None
     with predictions.create() as stream, ExitStack() as stack:
         writer = None
-        for table in store.tables(_columns(store, bundle)):
+        for table in tables(store, _columns(store, bundle), encoder):
             table = seen.add(table, apart)
             writer = writer or stack.enter_context(pq.ParquetWriter(stream, table.schema, compression="zstd"))
             writer.write_table(table)

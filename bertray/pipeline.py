@@ -17,6 +17,7 @@ import yaml
 
 from bertray import answers, checkpoints, labels, pairs
 from bertray import bundle as bundles
+from bertray.annotations import part_of
 from bertray.bundle import Bundle
 from bertray.cluster import connected
 from bertray.embed import embed, reasons, versions
@@ -28,9 +29,11 @@ from bertray.progress import log
 from bertray.samples import Wanted
 from bertray.search import Choice, from_bytes, threshold, to_bytes
 from bertray.spec import Spec, fingerprint, load_spec
-from bertray.splits import Split, changed_files, splits_of
+from bertray.splits import Split, bytes_of, changed_files, splits_of
+from bertray.states import Again, tables
 from bertray.storage import Location, output_folder, retries
 from bertray.store import Manifest, Receipt, Store
+from bertray.vectors import with_vectors, with_words
 
 _JUDGED = ("train", "dev", "test")
 STEPS = ("embed", "fit", "evaluate")
@@ -130,6 +133,7 @@ class _Run:
             return
         for split in open_splits:
             self._check_changed(split)
+        self._tell_size(open_splits)
         self._imports.wait()
         later = ("torch", "ray.train.torch", "matplotlib.figure", "matplotlib.backends.backend_svg")
         self._imports = _Imports("ray.data", *(later if fits else ()))
@@ -147,11 +151,18 @@ class _Run:
             self.spec.ray,
             self.label_names,
             ready=ready,
+            finish=with_words if self.spec.encoder.states == "encode" else with_vectors,
             max_rejects=self.spec.data.max_rejects,
             run=self.run,
         )
         start = self.seconds.get("start", 0.0)
         self.seconds["embed"] = round(time.perf_counter() - started - start, 3)
+
+    def _tell_size(self, splits: Sequence[Split]) -> None:
+        each = sum(bytes_of(split, self.spec.encoder, self.checkpoint) for split in splits)
+        kept = self.spec.encoder.states == "store"
+        words = "to be stored" if kept else "encoded in each pass (encoder.states), and not stored"
+        log.info("embedding: about %s of vectors %s", _size(each), words)
 
     def _check_changed(self, split: Split) -> None:
         if not (changed := changed_files(split)):
@@ -206,7 +217,15 @@ class _Run:
             spec.seed,
             spec.class_weight == "balanced",
             self._store("texts") if self._siamese else None,
+            self._again(self.manifests["train"].features),
         )
+
+    def _again(self, features: Sequence[str]) -> Again | None:
+        """What encodes vectors again, where they are not stored."""
+        encoder, part = self.spec.encoder, part_of(self.spec.form)
+        if encoder.states == "store":
+            return None
+        return Again(self.checkpoint.name, self.checkpoint.identity, encoder, part, tuple(features))
 
     def _bundle(self, names: tuple[str, ...], fitted: Any, made: str) -> Bundle:
         spec, choice = self.spec, fitted.choice
@@ -255,10 +274,12 @@ class _Run:
         self.seconds = {**before, **{step: s for step, s in self.seconds.items() if s}}
         _, classes = self._classes()
         texts = self._store("texts") if self._siamese else None
+        again = self._again(bundle.features)
+        encoder = again.encoder(self.spec.ray.device) if again else None
         evaluations: dict[str, Evaluation] = self._timed(
             "evaluate",
             lambda: {
-                name: evaluate(self._store(name), bundle, classes, self._predictions(name), texts)
+                name: evaluate(self._store(name), bundle, classes, self._predictions(name), texts, encoder)
                 for name in _JUDGED
                 if name in self.manifests
             },
@@ -307,16 +328,16 @@ class _Run:
 
     def _examples(self, bundle: Bundle) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
-        for table in self._store("examples").tables(self._example_columns(bundle)) if self.spec.examples else ():
+        again = self._again(bundle.features) if self.spec.examples else None
+        encoder = again.encoder(self.spec.ray.device) if again else None
+        columns = ["text", *(["starts", "stops"] if bundle.part != "text" else []), *bundle.features]
+        for table in tables(self._store("examples"), columns, encoder) if self.spec.examples else ():
             logits, edges, spans = answers.logits(bundle, *answers.states_of(table, bundle.features))
             texts = table["text"].to_pylist()
             given = pa.table(answers.columns(bundle, logits, texts, None, edges, spans)).to_pylist()
             for text, row in zip(texts, given, strict=True):
                 found.append({"text": text, "label": answers.told(row["predicted"]), "score": row.get("score")})
         return found
-
-    def _example_columns(self, bundle: Bundle) -> list[str]:
-        return ["text", *(["starts", "stops"] if bundle.part != "text" else []), *bundle.features]
 
     def _summary(self, **more: Any) -> dict[str, Any]:
         rows = {
@@ -385,6 +406,14 @@ class _Run:
         spec = yaml.safe_dump(self.spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         title = self.folder.url.rstrip("/").rpartition("/")[2]
         (self.folder / "report.html").write(html(title, summary, details, spec, bundle.versions).encode())
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
 
 
 def _searched(choice: Choice, bundle: Bundle) -> dict[str, Any]:

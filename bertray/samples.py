@@ -18,6 +18,7 @@ from bertray.annotations import Ints
 from bertray.errors import StoreError
 from bertray.features import related
 from bertray.progress import log
+from bertray.states import Again, Recoded, Texts, tables
 from bertray.store import Store
 from bertray.vectors import edges_of, spans_of, vectors_of
 
@@ -68,6 +69,7 @@ class Wanted:
     seed: of the parts.
     balanced: whether rows of rare classes count more.
     pairs: the store of the distinct texts of pairs, where each is encoded by itself.
+    again: what encodes the vectors again each time, where they are not stored.
     """
 
     stores: tuple[Store, ...]
@@ -78,6 +80,7 @@ class Wanted:
     seed: int = 0
     balanced: bool = False
     pairs: Store | None = None
+    again: Again | None = None
 
     @property
     def features(self) -> list[str]:
@@ -88,8 +91,8 @@ class Wanted:
 class Samples:
     """The rows of one worker; where words or tokens have vectors, those are its rows.
 
-    vectors: [mine, features, width] in the type they are stored in: in memory, on the device, or mapped from a file. Of
-        pairs whose texts are encoded by themselves [texts, features, width].
+    vectors: [mine, features, width] in the type they are stored in: in memory, on the device, mapped from a file, or
+        encoded again each time. Of pairs whose texts are encoded by themselves [texts, features, width].
     targets: what is asked of the head, on the device: [mine] classes, or [mine, outputs] numbers.
     edges: [groups + 1] which rows are of one text or question; None where each row is one.
     folds: [mine] which part of the training rows each belongs to.
@@ -102,7 +105,7 @@ class Samples:
     chosen: which features are taken; averaged: whether as their mean.
     """
 
-    vectors: "torch.Tensor"
+    vectors: Any
     targets: "torch.Tensor"
     folds: "torch.Tensor"
     weights: "torch.Tensor"
@@ -112,7 +115,7 @@ class Samples:
     outputs: int
     edges: "torch.Tensor | None" = None
     others: "torch.Tensor | None" = None
-    questions: "torch.Tensor | None" = None
+    questions: Any = None
     chosen: tuple[int, ...] = ()
     averaged: bool = False
 
@@ -145,7 +148,7 @@ class Samples:
         u, v = self._flat(self.vectors, rows, dtype), self._flat(self.questions, others, dtype)
         return related(u, v, pair=False)
 
-    def _flat(self, vectors: "torch.Tensor", rows: "torch.Tensor | slice", dtype: "torch.dtype") -> "torch.Tensor":
+    def _flat(self, vectors: Any, rows: "torch.Tensor | slice", dtype: "torch.dtype") -> "torch.Tensor":
         if not isinstance(rows, slice):
             rows = rows.to(vectors.device)
         found = vectors[rows]
@@ -170,19 +173,24 @@ def samples(wanted: Wanted, share: Share, memory: int | str = "auto", device: st
     import torch
 
     with tempfile.TemporaryDirectory(prefix="bertray-") as folder:
-        reading = _Reading(wanted, share, memory, folder)
+        room = _room(memory, share.world)
+        reading = _Reading(
+            wanted, share, _Vectors(folder, room), wanted.again.encoder(device) if wanted.again else None
+        )
         reading.read()
-        streamed = reading.vectors.streamed
-        vectors = torch.from_numpy(reading.vectors.array)
+        vectors, parts = reading.states()
         place = _device(device, vectors.nbytes)
-        parts: dict[str, Any] = {name: torch.from_numpy(array).to(place) for name, array in reading.arrays().items()}
+        arrays: dict[str, Any] = {name: torch.from_numpy(array).to(place) for name, array in reading.arrays().items()}
         yield Samples(
-            vectors=vectors if streamed else vectors.to(place),
+            vectors=vectors.to(place)
+            if isinstance(vectors, torch.Tensor) and not reading.vectors.streamed
+            else vectors,
             count=reading.total,
-            spare=max(0, reading.vectors.room - vectors.nbytes),
+            spare=max(0, room - vectors.nbytes),
             kind=KINDS[wanted.form],
             outputs=wanted.outputs,
             chosen=tuple(range(vectors.shape[1])),
+            **arrays,
             **parts,
         )
 
@@ -193,8 +201,11 @@ class _Reading:
 
     wanted: Wanted
     share: Share
-    memory: int | str
-    folder: str
+    vectors: "_Vectors"
+    encoder: Any = None  # where vectors are encoded again
+    texts: Texts | None = None
+    places: list[Ints] = field(default_factory=list)  # of words, and of questions, among those of the texts
+    asked: list[Ints] = field(default_factory=list)
     total: int = 0  # rows or groups of all workers so far
     targets: list[NDArray[Any]] = field(default_factory=list)
     folds: list[Ints] = field(default_factory=list)
@@ -205,21 +216,36 @@ class _Reading:
 
     def read(self) -> None:
         wanted = self.wanted
-        self.vectors = _Vectors(self.folder, _room(self.memory, self.share.world), self._rows())
+        if not self.encoder:
+            self.vectors.rows = self._rows()
         if wanted.pairs:
             for table in wanted.pairs.tables(wanted.features):
                 self.vectors.add(self._features(table))
         for number, store in enumerate(wanted.stores):
-            for table in store.tables(self._columns(store)):
+            for table in tables(store, self._columns(), self.encoder):
                 mine = np.arange((self.share.rank - self.total) % self.share.world, table.num_rows, self.share.world)
                 self.total += table.num_rows
                 self._add(table.take(mine), number > 0)
-        self.vectors.done()
+        if not self.encoder:
+            self.vectors.done()
 
-    def _columns(self, store: Store) -> list[str]:
-        columns = ["text", "label", *(["text_pair"] if self.wanted.form == "answers" else [])]
+    def states(self) -> tuple[Any, dict[str, Any]]:
+        """The vectors, and those of the questions, as Samples takes them."""
+        import torch
+
+        if self.texts:
+            words = Recoded(self.texts, np.concatenate(self.places))
+            return words, {"questions": Recoded(self.texts, np.concatenate(self.asked))} if self.asked else {}
+        return torch.from_numpy(self.vectors.array), {}
+
+    def _columns(self) -> list[str]:
+        paired = self.wanted.form == "answers" or (self.encoder and self._paired())
+        columns = ["text", "label", *(["text_pair"] if paired else [])]
         words = ["starts", "stops"] if self.wanted.form in ("tokens", "answers") else []
         return [*columns, *words, *(["first", "second"] if self.wanted.pairs else self.wanted.features)]
+
+    def _paired(self) -> bool:
+        return bool(self.wanted.stores[0].complete().made_by["columns"]["text_pair"])
 
     def _rows(self) -> int:
         """How many vectors there will be."""
@@ -247,14 +273,21 @@ class _Reading:
             self.others.append(np.stack([table[name].to_numpy().astype(np.int64) for name in ("first", "second")], 1))
         else:
             vectors = self._features(table)
+            kept = np.arange(len(vectors))
             if wanted.form == "answers" and edges is not None and spans is not None:
                 # The first is the question's; its tokens are related to it.
-                self.questions.append(vectors[edges[:-1]])
-                kept = np.delete(np.arange(len(vectors)), edges[:-1])
-                vectors, spans, edges = vectors[kept], spans[kept], edges - np.arange(len(edges))
-                begun = sum(map(len, self.questions)) - len(self.questions[-1])
+                kept, first = np.delete(kept, edges[:-1]), edges[:-1]
+                begun = sum(map(len, self.asked or self.questions))
+                self._ask(table, vectors, first)
+                spans, edges = spans[kept], edges - np.arange(len(edges))
                 self.others.append(begun + np.repeat(np.arange(len(rows)), np.diff(edges)))
-            self.vectors.add(vectors)
+            vectors = vectors[kept]
+            if self.encoder:
+                self.places.append(kept + (self.texts.edges[-1] if self.texts else 0))
+                more = Texts.of(table, self.encoder)
+                self.texts = self.texts + more if self.texts else more
+            else:
+                self.vectors.add(vectors)
         found = labels.targets(wanted.form, rows, wanted.classes, wanted.outputs, edges, spans)
         self.targets.append(found)
         weights = np.full(len(found), 0.0 if choosing else 1.0, np.float32)
@@ -265,6 +298,13 @@ class _Reading:
         self.weights.append(weights)
         each = np.zeros(len(rows), np.int64) if choosing else self._folds(table)
         self.folds.append(each if edges is None else np.repeat(each, np.diff(edges)))
+
+    def _ask(self, table: pa.Table, vectors: NDArray[Any], first: Ints) -> None:
+        """Note the vectors of questions."""
+        if self.encoder:
+            self.asked.append(first + (self.texts.edges[-1] if self.texts else 0))
+        else:
+            self.questions.append(vectors[first])
 
     def _folds(self, table: pa.Table) -> Ints:
         """[rows] which part each row belongs to, by what its text (of a question the context) is: equal ones are left
@@ -307,21 +347,21 @@ class _Reading:
 class _Vectors:
     """Room for so many vectors, in memory or in a file, and what is in it so far."""
 
-    def __init__(self, folder: str, room: int, rows: int) -> None:
-        self._folder, self.room, self._rows = folder, room, rows
+    def __init__(self, folder: str, room: int, rows: int = 0) -> None:
+        self._folder, self._room, self.rows = folder, room, rows
         self.array: NDArray[Any] = np.zeros((0, 1, 1), np.float16)
         self.streamed, self._filled = False, 0
 
     def add(self, part: NDArray[Any]) -> None:
-        if not self._filled and len(self.array) != self._rows:
+        if not self._filled and len(self.array) != self.rows:
             self._make(part)
         self.array[self._filled : self._filled + len(part)] = part
         self._filled += len(part)
 
     def _make(self, part: NDArray[Any]) -> None:
-        shape = (self._rows, *part.shape[1:])
+        shape = (self.rows, *part.shape[1:])
         needed = int(np.prod(shape)) * part.itemsize
-        self.streamed = needed > self.room
+        self.streamed = needed > self._room
         if self.streamed:
             log.info("fitting: %d MB of vectors are more than memory has room for: read from a file", needed >> 20)
             self.array = _mapped(f"{self._folder}/vectors", part.dtype, shape)
@@ -329,7 +369,7 @@ class _Vectors:
             self.array = np.empty(shape, part.dtype)
 
     def done(self) -> None:
-        assert self._filled == self._rows, "rows were counted wrong"
+        assert self._filled == self.rows, "rows were counted wrong"
 
 
 def _mapped(file: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:

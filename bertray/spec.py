@@ -120,6 +120,9 @@ class Encoder(Part):
         description="what becomes of longer texts: cut and counted, refused, or encoded whole in overlapping windows",
     )
     overlap: int = Field(64, ge=0, description="tokens that neighbouring windows share, where truncation is window")
+    states: Literal["store", "encode"] = Field(
+        "store", description="vectors of words: kept, or encoded again in every pass, which takes no room but longer"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16", "int16", "int8"] = Field(
         "auto", description="number format of the encoder; auto takes the fastest with a cosine of 0.999 to fp32"
     )
@@ -247,6 +250,10 @@ class Spec(Part):
         yield several and bool(mixes - {"concat"}), "head.combine mean and mix are for a single encoder.pooling"
         yield words and self.problem != "single_label", f"problem must be left out for {self.task}"
         yield self.task == "question-answering" and not pair, "data.text_pair must name the column of the contexts"
+        yield (
+            self.encoder.states == "encode" and (not words or self.ray.fit_workers > 0),
+            "encoder.states encode is for words (token-classification, question-answering), with ray.fit_workers 0",
+        )
         yield siamese and (words or not pair), "encoder.pair siamese is for text-classification with data.text_pair"
         yield siamese and "mix" in mixes, "head.combine mix cannot be had for siamese pairs"
         yield self.form != "name" and head.answer_accuracy > 0, "head.answer_accuracy is for problem single_label"

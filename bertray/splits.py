@@ -4,7 +4,7 @@ A split's plan is written into its store: what that is to hold, and all that it 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -12,12 +12,13 @@ import pyarrow as pa
 from bertray.checkpoints import Checkpoint
 from bertray.errors import SpecError
 from bertray.features import features
-from bertray.sources import Columns, Unit, from_hub, is_saved_dataset, stage, units
+from bertray.sources import Columns, Reader, Unit, from_hub, is_saved_dataset, stage, units
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import Source, Spec, fingerprint
 from bertray.storage import Location
 from bertray.store import Store
 
+_SAMPLE = 200  # rows whose words are counted
 RECIPE = 4  # raised when a change of code gives other vectors for the same settings
 
 
@@ -51,9 +52,26 @@ def made_by(
         **checkpoint.identity,
         **settings,
         "features": list(wanted) or list(map(str, features(spec.pooling, spec.layers, checkpoint.layers))),
+        **({} if spec.states == "store" else {"states": spec.states}),
         "columns": asdict(columns),
         "source": source,
     }
+
+
+def bytes_of(split: Split, spec: EncoderSpec, checkpoint: Checkpoint) -> int:
+    """About how many bytes the vectors of a split take: exactly, where texts have vectors; else by a sample of rows."""
+    each = len(split.made_by["features"]) * checkpoint.width * (4 if spec.precision == "fp32" else 2)
+    rows = sum(unit.rows for unit in split.units)
+    if split.columns.part == "text":
+        return rows * each
+    from bertray.tokens import Tokenizer
+
+    first = replace(split.units[0], stop=min(split.units[0].stop, split.units[0].start + _SAMPLE))
+    sample = Reader(split.columns).read(first).rows
+    tokenizer = Tokenizer(checkpoint.folder, spec.max_length, spec.truncation, spec.overlap, split.columns.part)
+    pairs = sample["text_pair"].to_pylist() if split.columns.text_pair else None
+    words = tokenizer(sample["text"].to_pylist(), pairs, strict=False).words
+    return rows * each * (len(words.spans) if words else 0) // max(1, sample.num_rows)
 
 
 def splits_of(

@@ -31,6 +31,11 @@ def with_vectors(rows: pa.Table, encoded: Any, names: Sequence[str]) -> pa.Table
     return rows
 
 
+def with_words(rows: pa.Table, encoded: Any, names: Sequence[str]) -> pa.Table:
+    """Rows with where their words begin and end alone: their vectors are made again whenever they are wanted."""
+    return with_vectors(rows, encoded, names).drop_columns(list(names))
+
+
 def vectors_of(table: pa.Table, names: Sequence[str]) -> NDArray[Any]:
     """[rows or words, width] of a table's columns of those names, side by side."""
     return np.concatenate([_vectors(table[name].combine_chunks()) for name in names], 1)
