@@ -27,7 +27,7 @@ from bertray.progress import Progress, log
 from bertray.sources import Unit
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import RaySizes, fingerprint
-from bertray.splits import Split, plan_of
+from bertray.splits import Rejects, Split, plan_of
 from bertray.store import Attempt, Manifest, Receipt, Store
 from bertray.vectors import with_vectors
 from bertray.worker import UNITS_AT_ONCE, Job, UnitEncoder
@@ -67,7 +67,7 @@ def embed(
         split.store.write_plan(plan_of(split, spec, checkpoint, label_names))
     done = {split.name: split.store.done([unit.key for unit in split.units]) for split in splits}
     todo = [(split.name, unit) for split in splits for unit in split.units if unit.key not in done[split.name]]
-    rejects = {split.name: _Rejects(split, max_rejects) for split in splits}
+    rejects = {split.name: Rejects(split, max_rejects) for split in splits}
     for name, receipts in done.items():
         for receipt in receipts.values():
             rejects[name].add(receipt)
@@ -99,30 +99,6 @@ def embed(
                 progress.add(receipt.rows + receipt.rejected, f"{speed:.0f} tokens/s")
                 rejects[name].add(receipt)
     return {split.name: _finish(split, done[split.name], checkpoint.name) for split in splits}
-
-
-class _Rejects:
-    """Counts the rows of a split that are set aside, up to what is allowed."""
-
-    def __init__(self, split: Split, most: float) -> None:
-        self.split, self.aside = split, 0
-        self.rows = sum(unit.rows for unit in split.units)
-        self.most, self.told = most if isinstance(most, int) else most * self.rows, most
-
-    def add(self, receipt: Receipt) -> None:
-        """Count what was set aside of a unit.
-
-        Raises:
-            SourceError: it is too much now.
-        """
-        self.aside += receipt.rejected
-        if receipt.rejected and self.aside > self.most:
-            reject = self.split.store.rejects(receipt.unit)[0]
-            raise SourceError(
-                f"{self.split.name}: {self.aside} of {self.rows} rows are set aside so far, more than data.max_rejects "
-                f"({self.told}) allows; {reject['id']}, for one: {reject['reason']}. See "
-                f"{self.split.store.location / 'rejects'}; mend the rows, or raise data.max_rejects."
-            )
 
 
 def _finish(split: Split, receipts: dict[str, Receipt], encoder: str) -> Manifest:

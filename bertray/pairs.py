@@ -19,7 +19,7 @@ from bertray.features import related
 from bertray.sources import Columns, Reader, Unit, stage, units
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import Source, fingerprint
-from bertray.splits import Split, made_by
+from bertray.splits import Rejects, Split, made_by
 from bertray.storage import Location
 from bertray.store import Manifest, Receipt, Store
 
@@ -40,12 +40,14 @@ def apart(
     checkpoint: Checkpoint,
     folder: Location,
     label_names: tuple[str, ...] = (),
+    max_rejects: float = 1.0,
 ) -> Pairs:
     """Write the stores of pairs of all splits, and the distinct texts as files, unless that is done.
 
     Args:
         folder: of the run.
         label_names: what labels have to be; empty takes any.
+        max_rejects: as `embed` has it.
     """
     keys = fingerprint([[split.name, *(unit.key for unit in split.units)] for split in splits])
     numbered = [_numbered(split, keys, folder) for split in splits]
@@ -55,7 +57,7 @@ def apart(
         manifests = {name: manifest for name, manifest in found.items() if manifest}
         return Pairs(numbered, _texts(place, spec, checkpoint, folder), manifests)
     numbers: dict[str, int] = {}
-    manifests = {split.name: _write(split, numbers, label_names) for split in numbered}
+    manifests = {split.name: _write(split, numbers, label_names, max_rejects) for split in numbered}
     stage(pa.table({"text": pa.array(numbers, pa.string())}), Columns("text"), place)
     for split in numbered:
         split.store.finish(manifests[split.name])
@@ -75,11 +77,14 @@ def _texts(place: Location, spec: EncoderSpec, checkpoint: Checkpoint, folder: L
     return Split("texts", tuple(units(Source(path=place.url, format="parquet"), columns)), columns, store, made)
 
 
-def _write(split: Split, numbers: dict[str, int], label_names: tuple[str, ...]) -> Manifest:
+def _write(split: Split, numbers: dict[str, int], label_names: tuple[str, ...], max_rejects: float) -> Manifest:
     """Write the pairs of a split, and note new texts in `numbers`."""
     split.store.write_plan({"split": split.name, "made_by": split.made_by})
     reader = Reader(split.columns)
-    receipts = [_write_unit(split, unit, reader, numbers, label_names) for unit in split.units]
+    rejects, receipts = Rejects(split, max_rejects), []
+    for unit in split.units:
+        receipts.append(_write_unit(split, unit, reader, numbers, label_names))
+        rejects.add(receipts[-1])
     return Manifest(fingerprint(split.made_by), split.made_by, tuple(receipts))
 
 

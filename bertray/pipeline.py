@@ -117,7 +117,14 @@ class _Run:
         is ready, the time is that of the step `start`."""
         started = time.perf_counter()
         if self._siamese:
-            found = pairs.apart(self.splits, self.spec.encoder, self.checkpoint, self.folder, self.label_names)
+            found = pairs.apart(
+                self.splits,
+                self.spec.encoder,
+                self.checkpoint,
+                self.folder,
+                self.label_names,
+                self.spec.data.max_rejects,
+            )
             self.manifests |= found.manifests
             self.splits = [*found.splits, found.texts]
         open_splits = []

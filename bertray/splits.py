@@ -10,13 +10,13 @@ from typing import Any
 import pyarrow as pa
 
 from bertray.checkpoints import Checkpoint
-from bertray.errors import SpecError
+from bertray.errors import SourceError, SpecError
 from bertray.features import features
 from bertray.sources import Columns, Reader, Unit, from_hub, is_saved_dataset, stage, units
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import Source, Spec, fingerprint
 from bertray.storage import Location
-from bertray.store import Store
+from bertray.store import Receipt, Store
 
 _SAMPLE = 200  # rows whose words are counted
 RECIPE = 4  # raised when a change of code gives other vectors for the same settings
@@ -159,3 +159,27 @@ def changed_files(split: Split) -> list[str]:
     before = split.store.plan()
     stamps = {file["name"]: file["stamp"] for file in before["files"]} if before else {}
     return sorted({unit.name for unit in split.units if stamps.get(unit.name, unit.stamp) != unit.stamp})
+
+
+class Rejects:
+    """Counts the rows of a split that are set aside, up to what is allowed."""
+
+    def __init__(self, split: Split, most: float) -> None:
+        self.split, self.aside = split, 0
+        self.rows = sum(unit.rows for unit in split.units)
+        self.most, self.told = most if isinstance(most, int) else most * self.rows, most
+
+    def add(self, receipt: Receipt) -> None:
+        """Count what was set aside of a unit.
+
+        Raises:
+            SourceError: it is too much now.
+        """
+        self.aside += receipt.rejected
+        if receipt.rejected and self.aside > self.most:
+            reject = self.split.store.rejects(receipt.unit)[0]
+            raise SourceError(
+                f"{self.split.name}: {self.aside} of {self.rows} rows are set aside so far, more than data.max_rejects "
+                f"({self.told}) allows; {reject['id']}, for one: {reject['reason']}. See "
+                f"{self.split.store.location / 'rejects'}; mend the rows, or raise data.max_rejects."
+            )
