@@ -215,6 +215,8 @@ def _repair(broken: Sequence[tuple[_Planned, Mapping[str, str]]], run: str) -> N
             )
         for unit in units:
             each.store.forget(unit)
+        if not each.plan["made_by"]["features"]:
+            raise BertrayError(f"{each.store.url} holds pairs without vectors: run the spec again, which writes them.")
     with connected(RaySizes(), alone=True):
         for each, _ in broken:
             _encode_again(each, run)

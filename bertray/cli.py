@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from bertray.errors import BertrayError
 
 _REASONS = 5  # why rows are set aside, in a summary
+_METRICS = ("accuracy", "exact", "f1", "micro_f1", "macro_f1", "pearson", "spearman", "rmse", "loss")  # in a summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -208,22 +209,32 @@ def _print_summary(summary: dict[str, Any]) -> None:
         for reason, count in sorted(rows["reasons"].items(), key=lambda item: -item[1])[:_REASONS]:
             print(f"  set aside: {count:,} because {reason}")
     print(f"{'encoder':<9} {', '.join(summary['encoder']['backends'])}")
+    if summary.get("head", {}).get("search", {}) and any(summary["head"]["search"].values()):
+        head = summary["head"]
+        print(f"{'chosen':<9} {_named(summary['features'])}, {head['combine']}, l2 {head['l2']:g}")
     if any(summary["faults"].values()):
         faults = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in summary["faults"].items() if count)
         print(f"{'faults':<9} {faults}")
     for name, metrics in summary.get("metrics", {}).items():
-        print(
-            f"{name:<9} accuracy {metrics['accuracy']:.4f}, macro F1 {metrics['macro_f1']:.4f}, "
-            f"loss {metrics['loss']:.4f}"
-        )
+        shown = [metric for metric in _METRICS if metrics.get(metric) is not None]
+        print(f"{name:<9} " + ", ".join(f"{_spoken(metric)} {metrics[metric]:.4f}" for metric in shown))
     for example in summary.get("examples", ()):
-        print(f"  {example['text']} -> {example['label']} ({example['score']:.2f})")
+        score = "" if example["score"] is None else f" ({example['score']:.2f})"
+        print(f"  {example['text']} -> {example['label']}{score}")
     print(f"{'time':<9} " + ", ".join(f"{step} {seconds:.1f} s" for step, seconds in summary["seconds"].items()))
     if "metrics" in summary:
         print(f"{'report':<9} {summary['report']}\n{'bundle':<9} {summary['bundle']}")
         print(f"{'next':<9} {_command()} serve {summary['bundle']}")
     else:
         print(f"{'written':<9} {summary['output']}")
+
+
+def _named(features: Sequence[str]) -> str:
+    return ", ".join(features) if len(features) < 5 else f"{features[0]} to {features[-1]} ({len(features)} features)"
+
+
+def _spoken(metric: str) -> str:
+    return metric.replace("_", " ").replace("f1", "F1").replace("rmse", "RMSE").replace("exact", "exact match")
 
 
 def _command() -> str:

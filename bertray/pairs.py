@@ -19,7 +19,7 @@ from bertray.features import related
 from bertray.sources import Columns, Reader, Unit, stage, units
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import Source, fingerprint
-from bertray.splits import Rejects, Split, made_by
+from bertray.splits import Rejects, Split, made_by, plan_of
 from bertray.storage import Location
 from bertray.store import Manifest, Receipt, Store
 
@@ -57,6 +57,8 @@ def apart(
         manifests = {name: manifest for name, manifest in found.items() if manifest}
         return Pairs(numbered, _texts(place, spec, checkpoint, folder), manifests)
     numbers: dict[str, int] = {}
+    for split in numbered:
+        split.store.write_plan(plan_of(split, spec, checkpoint, label_names))
     manifests = {split.name: _write(split, numbers, label_names, max_rejects) for split in numbered}
     stage(pa.table({"text": pa.array(numbers, pa.string())}), Columns("text"), place)
     for split in numbered:
@@ -79,7 +81,6 @@ def _texts(place: Location, spec: EncoderSpec, checkpoint: Checkpoint, folder: L
 
 def _write(split: Split, numbers: dict[str, int], label_names: tuple[str, ...], max_rejects: float) -> Manifest:
     """Write the pairs of a split, and note new texts in `numbers`."""
-    split.store.write_plan({"split": split.name, "made_by": split.made_by})
     reader = Reader(split.columns)
     rejects, receipts = Rejects(split, max_rejects), []
     for unit in split.units:

@@ -24,6 +24,7 @@ from bertray.spec import Head
 
 METRICS = {"name": "accuracy", "names": "micro F1", "number": "R2", "tokens": "entity F1", "answers": "log likelihood"}
 ALWAYS = 1e9  # a margin that no answer never has: there is always one
+_EXACT = 1 << 28  # numbers of all vectors, above which L-BFGS computes in float32, to within 1e-5 of the optimum
 _KEPT = 50_000_000  # numbers of what is left out that are kept
 
 
@@ -128,11 +129,16 @@ def fit_one(
     samples: Samples, wanted: Wanted, choice: Choice, spec: Head, share: Share, record: Record, **resume: Any
 ) -> LinearHead:
     """The head of a choice on all training rows, calibrated, over all of its features side by side."""
+    import torch
+
     setting = choice.setting
     spec = spec.model_copy(update={"combine": setting.combine, "seed": setting.seed, "l2": setting.l2})
     stops = spec.early_stopping and len(wanted.stores) > 1
     trial = Trial(setting.l2, 0 if stops else -1, setting.seed)
-    (head,) = solve(of(samples, wanted, setting), [trial], spec, share, record, **resume)
+    chosen = of(samples, wanted, setting)
+    many = sum(share.gather(len(chosen.folds))) * chosen.width > _EXACT
+    dtype = torch.float32 if many and spec.optimizer == "lbfgs" else None
+    (head,) = solve(chosen, [trial], spec, share, record, dtype=dtype, **resume)
     weight = head.weight / choice.temperature
     if setting.combine == "mean":  # the same over features side by side
         count = len(setting.features)
