@@ -217,6 +217,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
         print(f"{'faults':<9} {faults}")
     for name, metrics in summary.get("metrics", {}).items():
         shown = [metric for metric in _METRICS if metrics.get(metric) is not None]
+        if "accuracy" in shown and "micro_f1" in shown:  # the same, where each row has one class
+            shown.remove("micro_f1")
         print(f"{name:<9} " + ", ".join(f"{_spoken(metric)} {metrics[metric]:.4f}" for metric in shown))
     for example in summary.get("examples", ()):
         score = "" if example["score"] is None else f" ({example['score']:.2f})"
