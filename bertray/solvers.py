@@ -197,12 +197,13 @@ class _Rows:
 
         centre = torch.zeros(samples.width, dtype=torch.float64, device=samples.device)
         scale = deviation = torch.ones_like(centre)
+        cores = torch.get_num_threads() if samples.device.type == "cpu" else 1
         if centred:
-            centre, deviation = _moments(samples, share)
+            with _threads(1):  # it is reading that takes the time
+                centre, deviation = _moments(samples, share)
             deviation = torch.where(deviation > 0, deviation, 1.0)
         if scaled:
             scale, deviation = deviation, scale
-        cores = torch.get_num_threads() if samples.device.type == "cpu" else 1
         return cls(samples, dtype, centre, scale, deviation, centred, cores)
 
     def take(self, rows: "torch.Tensor | slice") -> "torch.Tensor":
@@ -557,7 +558,9 @@ def _decomposed(gram: "torch.Tensor", share: Share) -> "tuple[torch.Tensor, torc
     """Eigenvalues and eigenvectors, those of the first worker for all: others may round differently."""
     import torch
 
-    values, basis = torch.linalg.eigh(gram)
+    small = len(gram) ** 3 < 4 * _MANY
+    with _threads(1 if small else torch.get_num_threads()):
+        values, basis = torch.linalg.eigh(gram)
     if share.rank:
         values.zero_()
         basis.zero_()
