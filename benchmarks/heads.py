@@ -185,13 +185,13 @@ def report(seconds: dict[str, list[float]], way: str, ours: Any, theirs: Any, ro
         [
             "## A grid of heads",
             "",
-            f"{len(TRIALS)} heads ({FOLDS} folds, {len(L2S)} penalties from {L2S[0]:g} to {L2S[-1]:g}) on {rows:,} vectors "
-            f"of {MODEL}, mean. Medians of rounds: {len(seconds['alone'])}. The accuracies of a penalty differ by at most "
-            f"{np.abs(ours - theirs).max():.5f}.",
+            f"{len(TRIALS)} heads ({FOLDS} folds, {len(L2S)} penalties from {L2S[0]:g} to {L2S[-1]:g}) on {rows:,} "
+            f"vectors of {MODEL}, mean. Medians of rounds: {len(seconds['alone'])}. The accuracies of a penalty "
+            f"differ by at most {np.abs(ours - theirs).max():.5f}.",
             "",
             results.table(lines),
             "",
-            "Measured on: " + "; ".join(f"{name} {fact}" for name, fact in machine.describe().items()) + ".",
+            *(f"- {name}: {fact}" for name, fact in machine.describe().items()),
         ]
     )
 

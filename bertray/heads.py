@@ -1,5 +1,5 @@
-"""Linear heads: forward, losses and their gradients, for many heads over the same vectors at once. Knows nothing of Ray,
-of files, or of how a head is fitted.
+"""Linear heads: forward, losses and their gradients, for many heads over the same vectors at once. Knows nothing of
+Ray, of files, or of how a head is fitted.
 
 A head on vectors x [n, width] with weight W [outputs, width] and bias b [outputs] has logits z = x W' + b [n, outputs].
 What they mean is the head's kind:
@@ -68,7 +68,7 @@ def objective(
 ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
     """The data term sum_i w[i, m] * loss_i of each of M heads, and its gradient: shares of rows add up to the whole.
 
-    With e [n, M, outputs] the derivative by the logits, the gradient is e' x in the weight and the sum of e in the bias.
+    With e [n, M, outputs] the derivative by logits, the gradient is e' x in the weight and the sum of e in the bias.
     All heads share one matrix product forward and one back. Written out because autograd takes longer over a small
     batch than the arithmetic, and over a large one more memory.
 
@@ -86,7 +86,8 @@ def objective(
     import torch
 
     heads, outputs, width = weight.shape
-    flat, total = weight.reshape(-1, width), None
+    flat = weight.reshape(-1, width)
+    total: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     for rows, inner in parts(len(x), _CELLS // len(flat), edges if kind == "span" else None):
         some, truth, weights = x[rows], targets[rows], row_weights[rows].T
         logits = torch.addmm(bias.reshape(-1, 1), flat, some.T).view(heads, outputs, -1)
@@ -99,15 +100,14 @@ def objective(
         else:
             losses, errors = _span(logits, truth, weights, inner)
         found = (losses, (errors.view(len(flat), -1) @ some).view_as(weight), errors.sum(2))
-        total = found if total is None else tuple(map(torch.add, total, found))
+        total = found if total is None else (total[0] + found[0], total[1] + found[1], total[2] + found[2])
     if total is None:
-        total = (torch.zeros(heads, dtype=torch.float64, device=x.device), *map(torch.zeros_like, (weight, bias)))
+        nothing = torch.zeros(heads, dtype=torch.float64, device=x.device)
+        return nothing, torch.zeros_like(weight), torch.zeros_like(bias)
     return total
 
 
-def parts(
-    count: int, size: int, edges: "torch.Tensor | None" = None
-) -> "Iterator[tuple[slice, torch.Tensor | None]]":
+def parts(count: int, size: int, edges: "torch.Tensor | None" = None) -> "Iterator[tuple[slice, torch.Tensor | None]]":
     """Slices of about so many rows that together are all, and the edges inside of each: no group is cut."""
     import torch
 
@@ -192,5 +192,5 @@ def _span(
 
 
 def _weighted(losses: "torch.Tensor", weights: "torch.Tensor") -> "torch.Tensor":
-    """[M] sums of losses [M, n]; in float64, as sums of many parts in float32 would be too coarse to compare steps by."""
+    """[M] sums of losses [M, n]; in float64, as what many parts add up to is too coarse in float32 to compare steps."""
     return (losses * weights).sum(1).double()

@@ -1,5 +1,5 @@
-"""Solvers: samples to the weights of linear heads, many at once. Adam and SGD run in batches, L-BFGS over all rows. Knows
-nothing of files or of Ray; what several workers compute is summed by their Share.
+"""Solvers: samples to the weights of linear heads, many at once. Adam and SGD run in batches, L-BFGS over all rows.
+Knows nothing of files or of Ray; what several workers compute is summed by their Share.
 
 A trial is one head to fit: its penalty, the fold it leaves out, its seed. All trials see the same vectors, so every
 evaluation is one matrix product forward and one back for all of them.
@@ -158,8 +158,8 @@ class _Form:
     def gather(self, flat: "torch.Tensor", by_weight: "torch.Tensor", by_bias: "torch.Tensor") -> "torch.Tensor":
         """[M, size] from the derivatives by what `spread` gave: the chain rule.
 
-        With s = softmax(a) and G_l the derivative by block l: sum_l s_l G_l for W, s_l (d_l - sum_k s_k d_k) for a, where
-        d_l = <G_l, W>.
+        With s = softmax(a) and G_l the derivative by block l: sum_l s_l G_l for W, s_l (d_l - sum_k s_k d_k) for a,
+        where d_l = <G_l, W>.
         """
         import torch
 
@@ -197,12 +197,13 @@ class _Rows:
 
         centre = torch.zeros(samples.width, dtype=torch.float64, device=samples.device)
         scale = deviation = torch.ones_like(centre)
+        cores = torch.get_num_threads() if samples.device.type == "cpu" else 1
         if centred:
-            centre, deviation = _moments(samples, share)
+            with _threads(1):  # it is reading that takes the time
+                centre, deviation = _moments(samples, share)
             deviation = torch.where(deviation > 0, deviation, 1.0)
         if scaled:
             scale, deviation = deviation, scale
-        cores = torch.get_num_threads() if samples.device.type == "cpu" else 1
         return cls(samples, dtype, centre, scale, deviation, centred, cores)
 
     def take(self, rows: "torch.Tensor | slice") -> "torch.Tensor":
@@ -262,8 +263,8 @@ def _moments(samples: Samples, share: Share) -> "tuple[torch.Tensor, torch.Tenso
 
 
 class _Counting:
-    """How much each row counts for each trial. Trials that leave out the same fold have the same weights: these are kept
-    once a fold, and copied for some rows at a time."""
+    """How much each row counts for each trial. Trials that leave out the same fold have the same weights: these are
+    kept once a fold, and copied for some rows at a time."""
 
     def __init__(self, samples: Samples, folds: Sequence[int], dtype: "torch.dtype", left_out: bool = False) -> None:
         import torch
@@ -278,9 +279,7 @@ class _Counting:
         """[trials, rows] for some of the rows, and of the trials."""
         return self.weights[:, rows].index_select(0, self.which if which is None else which)
 
-    def in_batches(
-        self, rows: "torch.Tensor", counts: Sequence[int], samples: Samples, share: Share
-    ) -> "torch.Tensor":
+    def in_batches(self, rows: "torch.Tensor", counts: Sequence[int], samples: Samples, share: Share) -> "torch.Tensor":
         """[trials, rows] for rows that are so many batches: sums over a batch of all workers are means."""
         import torch
 
@@ -299,14 +298,16 @@ class _Counting:
 
 
 def _truth(samples: Samples, rows: "torch.Tensor | slice") -> "torch.Tensor | float":
-    """For how much a row counts in a mean: in a span it is groups that count, and each row by its share of the truth."""
+    """How much a row counts in a mean: in a span it is groups that count, and each row by its share of the truth."""
     return samples.targets[rows].mean(1) if samples.kind == "span" else 1.0
 
 
 class _Mean:
     """The data term over all rows of all workers, for some of the trials."""
 
-    def __init__(self, rows: _Rows, form: _Form, folds: Sequence[int], spec: Head, share: Share, left_out: bool = False):
+    def __init__(
+        self, rows: _Rows, form: _Form, folds: Sequence[int], spec: Head, share: Share, left_out: bool = False
+    ):
         self._rows, self._form, self._share, self._smoothing = rows, form, share, spec.label_smoothing
         self._counting = _Counting(rows.samples, folds, rows.dtype, left_out)
         self._counting.normalize(rows.samples, share)
@@ -359,7 +360,7 @@ def _to_optimum(
             save({"flat": flat})
 
     each = 2 * (_HISTORY + 4) * form.size * rows.dtype.itemsize
-    together = max(1, max(_ROOM, rows.samples.spare // 2) // each)
+    together = max(1, max(_ROOM, _mean_of(rows.samples.spare, rows, share) // 2) // each)
     for first in range(0, len(trials), together):
         some = trials[first : first + together]
         mean = _Mean(rows, form, [trial.fold for trial in some], spec, share)
@@ -367,6 +368,15 @@ def _to_optimum(
         with _threads(1 if rows.cores > 1 else torch.get_num_threads()):
             _Descent(flat[first : first + together], l2, mean, precondition, form).run(tell)
     return flat
+
+
+def _mean_of(number: int, rows: _Rows, share: Share) -> int:
+    """The mean over workers, for what all have to do alike."""
+    import torch
+
+    total = torch.tensor(float(number), dtype=torch.float64, device=rows.samples.device)
+    share.sum(total)
+    return int(total) // share.world
 
 
 class _Descent:
@@ -469,7 +479,6 @@ class _Descent:
 
     def _downhill(self) -> "tuple[torch.Tensor, torch.Tensor]":
         """The direction [A, size] by the two-loop recursion, and the slope [A] along it."""
-
         found, parts = self.gradient.clone(), []
         for step, change, inverse in reversed(self.history):
             parts.append(inverse * (step * found).sum(1))
@@ -491,8 +500,8 @@ class _Descent:
 
 
 class _Curvature:
-    """A rough inverse of the curvature, for all trials: with the mean of x x' = V diag(v) V' that of a trial's objective
-    in the weight of each output is about V diag(c v + l2) V', where c is that of the loss in a logit.
+    """A rough inverse of the curvature, for all trials: with the mean of x x' = V diag(v) V' that of a trial's
+    objective in the weight of each output is about V diag(c v + l2) V', where c is that of the loss in a logit.
 
     Boehning 1992 (Multinomial logistic regression algorithm) has c = 1/2 as a bound for softmax; at weights of zero,
     where fits begin, it is 1/outputs. Squared losses have c = 1 everywhere, so that ridge regression ends in a step.
@@ -524,8 +533,8 @@ class _Curvature:
 
 def _moments_of(rows: _Rows, form: _Form, share: Share, crossed: bool = False) -> "torch.Tensor":
     """The mean of x x' over the rows of all workers [inner, inner], or its diagonal [inner]; of blocks that are mixed,
-    with the equal shares that fits begin with. Columns are divided by their deviations meanwhile, so that in float32 those
-    of small numbers are not lost beside the others."""
+    with the equal shares that fits begin with. Columns are divided by their deviations meanwhile, so that in float32
+    those of small numbers are not lost beside the others."""
     import torch
 
     scale = rows.deviation.view(form.blocks, form.inner).mean(0)
@@ -549,7 +558,9 @@ def _decomposed(gram: "torch.Tensor", share: Share) -> "tuple[torch.Tensor, torc
     """Eigenvalues and eigenvectors, those of the first worker for all: others may round differently."""
     import torch
 
-    values, basis = torch.linalg.eigh(gram)
+    small = len(gram) ** 3 < 4 * _MANY
+    with _threads(1 if small else torch.get_num_threads()):
+        values, basis = torch.linalg.eigh(gram)
     if share.rank:
         values.zero_()
         basis.zero_()
@@ -592,7 +603,7 @@ def _in_batches(
 
 
 def _keep_best(state: State, losses: "torch.Tensor") -> None:
-    """The weights of the epoch with the least loss on rows left out; `idle`: for how many epochs there was no lesser."""
+    """The weights of the epoch with the least loss on rows left out; `idle`: how many epochs ago that was."""
     import torch
 
     better = losses < state["least"]
@@ -632,6 +643,8 @@ class _Walk:
         self._l2 = l2[:, None] if l2.any() else None
         self._steps = math.ceil(rows.samples.count / spec.batch_size)
         self._averaged = max(1, self._steps * spec.epochs // 10)
+        usual = _mean_of(len(rows.samples.folds), rows, share) * share.world // rows.samples.count  # rows of a group
+        self._batches = max(1, _ROWS // (spec.batch_size * max(1, usual)))  # that are gathered at once
 
     def begin(self) -> State:
         import torch
@@ -662,7 +675,8 @@ class _Walk:
         flat, done = state["flat"], int(state["epoch"]) * self._steps
         total = torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
         late = self._steps * self._spec.epochs - self._averaged
-        for batch in _batches(self._rows, self._counting, self._spec.batch_size, generator, self._share):
+        size, together = self._spec.batch_size, self._batches
+        for batch in _batches(self._rows, self._counting, size, together, generator, self._share):
             loss, gradient = self._descend(flat, batch)
             total += loss * batch.size
             done += 1
@@ -679,7 +693,9 @@ class _Walk:
         form, share = self._form, self._share
         kind, smoothing = self._rows.samples.kind, self._spec.label_smoothing
         weight, bias = form.spread(flat)
-        loss, *gradients = objective(kind, weight, bias, batch.x, batch.targets, batch.weights.T, batch.edges, smoothing)
+        loss, *gradients = objective(
+            kind, weight, bias, batch.x, batch.targets, batch.weights.T, batch.edges, smoothing
+        )
         gradient = form.gather(flat, *gradients)
         share.sum(gradient)
         if self._l2 is not None:
@@ -688,7 +704,9 @@ class _Walk:
             loss += self._l2[:, 0] / 2 * penalized.square().sum(1) / share.world
         return loss, gradient
 
-    def _move(self, state: State, gradient: "torch.Tensor", step: int, first: float = 0.9, second: float = 0.999) -> None:
+    def _move(
+        self, state: State, gradient: "torch.Tensor", step: int, first: float = 0.9, second: float = 0.999
+    ) -> None:
         """SGD, or Adam (Kingma and Ba 2015) with the constants of torch.optim.Adam, which takes longer to call than to
         compute."""
         if self._spec.optimizer == "sgd":
@@ -713,15 +731,14 @@ class _Batch:
 
 
 def _batches(
-    rows: _Rows, counting: _Counting, size: int, generator: "torch.Generator", share: Share
+    rows: _Rows, counting: _Counting, size: int, together: int, generator: "torch.Generator", share: Share
 ) -> Iterator[_Batch]:
-    """All rows of all workers once, in random order; where there are groups, all groups."""
+    """All rows of all workers once, in random order, so many batches at a time; where there are groups, all groups."""
     import torch
 
     samples = rows.samples
     edges = None if samples.edges is None else samples.edges.cpu()
-    usual = 1 if edges is None else max(1, int(edges[-1]) // max(1, len(edges) - 1))
-    for order in torch.randperm(samples.count, generator=generator).split(size * max(1, _ROWS // (size * usual))):
+    for order in torch.randperm(samples.count, generator=generator).split(size * together):
         sizes = [len(batch) for batch in order.split(size)]
         mine = order % share.world == share.rank
         found = order[mine] // share.world
@@ -731,9 +748,9 @@ def _batches(
             found, inner = _rows_of(edges, found, counts)
             counts = [int(part[-1]) for part in inner]
         place = found.to(samples.device)
-        x, targets, weights = rows.take(found), samples.targets[place], counting.in_batches(place, counts, samples, share)
-        split = zip(x.split(counts), targets.split(counts), weights.split(counts, 1), inner, sizes, strict=True)
-        yield from (_Batch(*parts) for parts in split)
+        weights = counting.in_batches(place, counts, samples, share).split(counts, 1)
+        x, targets = rows.take(found).split(counts), samples.targets[place].split(counts)
+        yield from map(_Batch, x, targets, weights, inner, sizes)
 
 
 def _rows_of(

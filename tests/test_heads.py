@@ -1,5 +1,7 @@
 """Losses of the kinds of heads against plain NumPy, and gradients against numerical derivatives."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -27,7 +29,7 @@ def problem(kind, seed=0, trials=3):
 
 
 def spread(shares):
-    for first, last in zip(EDGES, EDGES[1:], strict=False):
+    for first, last in pairwise(EDGES):
         shares[first:last] /= shares[first:last].sum(0)
     return shares
 
@@ -47,7 +49,7 @@ def losses(kind, logits, targets, smoothing):
         return -(targets * np.log(p) + (1 - targets) * np.log(1 - p)).sum(1)
     if kind == "squared":
         return ((logits - targets) ** 2).sum(1) / 2
-    groups = [log_softmax(logits[a:b], 0) for a, b in zip(EDGES, EDGES[1:], strict=False) if b > a]
+    groups = [log_softmax(logits[a:b], 0) for a, b in pairwise(EDGES) if b > a]
     return -(np.concatenate(groups) * targets).mean(1)
 
 

@@ -219,6 +219,15 @@ def test_workers_end_where_one_does(kind, optimizer, combine):
         close(other, first, 0)
 
 
+@pytest.mark.parametrize("kind", ["span", "sigmoid"])
+def test_workers_with_groups_of_other_sizes_gather_batches_alike(kind, monkeypatch):
+    monkeypatch.setattr(solvers, "_ROWS", 32)
+    samples, settings = made(kind, rows=97, grouped=True), spec(optimizer="adam", batch_size=2)
+    alone, _ = fitted(samples, [Trial(0.05)], settings)
+    for heads in by_workers(samples, [Trial(0.05)], settings, 3):
+        close(heads, alone, 2e-4)
+
+
 @pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
 def test_without_room_vectors_are_taken_again_each_time(optimizer, monkeypatch):
     monkeypatch.setattr(solvers, "_ROOM", 1)  # and trials are solved one after another
@@ -381,7 +390,7 @@ def test_batches_are_drawn_over_groups():
     samples = made("squared", grouped=True)
     rows = solvers._Rows.of(samples, ALONE, False, False, torch.float32)
     counting = solvers._Counting(samples, [-1, 0], torch.float32)
-    found = list(solvers._batches(rows, counting, 7, torch.Generator().manual_seed(0), ALONE))
+    found = list(solvers._batches(rows, counting, 7, 3, torch.Generator().manual_seed(0), ALONE))
     assert sum(batch.size for batch in found) == samples.count
     assert {len(batch.edges) - 1 for batch in found[:-1]} == {7}
     seen = torch.cat([batch.x for batch in found])
