@@ -319,7 +319,7 @@ class _Reading:
     def _features(self, table: pa.Table) -> NDArray[Any]:
         names = self.wanted.features
         vectors = vectors_of(table, names)
-        return vectors.reshape(len(vectors), len(names), -1)
+        return vectors.reshape(len(vectors), len(names), vectors.shape[1] // len(names))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """All but the vectors."""

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from bertray.store import Store, vectors_of
+from bertray.store import Store
+from bertray.vectors import vectors_of
 
 TARGETS = ("worker", "raylet", "driver")
 _MARKS = {"worker": b"UnitEncoder", "raylet": b"/raylet/raylet\0", "gcs": b"/gcs_server\0"}
@@ -106,7 +107,13 @@ def contents(run):
     """All ids, texts and vectors of a run's only store, in the order of the rows."""
     (folder,) = (run / "stores").iterdir()
     store = Store(str(folder))
+    names = store.complete().features
     tables = [pq.read_table(store.shard(receipt.unit).path) for receipt in store.complete().units]
     ids = [one for table in tables for one in table["id"].to_pylist()]
     texts = [one for table in tables for one in table["text"].to_pylist()]
-    return ids, texts, np.concatenate([vectors_of(table) for table in tables]), store.complete()
+    return (
+        ids,
+        texts,
+        np.concatenate([vectors_of(table, names) for table in tables]),
+        store.complete(),
+    )

@@ -118,3 +118,12 @@ def demo_rows(split):
 
 def read_jsonl(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def with_vectors(rows, vectors, names=("mean_6",)):
+    """A table with vectors, as a store's shards hold them."""
+    from types import SimpleNamespace
+
+    from bertray import vectors as columns
+
+    return columns.with_vectors(rows, SimpleNamespace(vectors=vectors), names)

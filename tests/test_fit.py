@@ -4,16 +4,27 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from conftest import with_vectors
 from sklearn.linear_model import LogisticRegression
 
+from bertray import fit as fitting
 from bertray.encoder import Encoder
 from bertray.errors import ClusterError
-from bertray.fit import fit
+from bertray.samples import Wanted
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import Head, RaySizes
 from bertray.store import Manifest, Receipt, Store
 
 CLASSES = {"negative": 0, "neutral": 1, "positive": 2}
+
+
+def fit(store, spec, sizes=None):
+    """A head on a store, without folds where these are not what is tested."""
+    return fitting.fit(Wanted((store,), "name", CLASSES, 3, spec.folds), spec, 6, sizes)
+
+
+def head(**settings):
+    return Head(**({"folds": 0} | settings))
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +35,10 @@ def store(tmp_path_factory, minilm):
     rows = demo_rows("train")
     vectors = Encoder(minilm, EncoderSpec(pooling="mean")).encode([row["text"] for row in rows]).vectors
     store = Store(str(tmp_path_factory.mktemp("store")))
-    table = pa.table({"label": [row["label"] for row in rows]})
+    table = pa.table({name: [row[name] for row in rows] for name in ("text", "label")})
     receipt = Receipt("u", len(rows), 0, 0, 0, 0, 0.0)
     store.write_shard(receipt, with_vectors(table, vectors), pa.table({"id": []}))
-    store.finish(Manifest("print", {}, (receipt,)))
+    store.finish(Manifest("print", {"features": ["mean_6"]}, (receipt,)))
     return store
 
 
@@ -48,8 +59,8 @@ def objective(head, x, y, l2):
 def test_equal_to_scikit_learn_at_the_optimum(store, optimizer, l2):
     x, y = data(store)
     reference = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-10, max_iter=10_000).fit(x, y)
-    spec = Head(optimizer=optimizer, l2=l2, epochs=250, batch_size=len(x), lr=0.1)
-    fitted = fit(store, CLASSES, 3, spec)
+    spec = head(optimizer=optimizer, l2=l2, epochs=250, batch_size=len(x), lr=0.1)
+    fitted = fit(store, spec)
     expected = type(fitted.head)(reference.coef_, reference.intercept_)
     assert abs(objective(fitted.head, x, y, l2) - objective(expected, x, y, l2)) < 1e-3
     ours = fitted.head.probabilities(x).argmax(1)
@@ -61,8 +72,8 @@ def test_equal_to_scikit_learn_at_the_optimum(store, optimizer, l2):
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_a_seed_gives_the_same_head_and_the_loss_falls(store, optimizer):
-    spec = Head(optimizer=optimizer, lr=0.05, epochs=3)
-    one, again, other = (fit(store, CLASSES, 3, s) for s in (spec, spec, spec.model_copy(update={"seed": 1})))
+    spec = head(optimizer=optimizer, lr=0.05, epochs=3)
+    one, again, other = (fit(store, s) for s in (spec, spec, spec.model_copy(update={"seed": 1})))
     np.testing.assert_array_equal(one.head.weight, again.head.weight)
     assert not np.array_equal(one.head.weight, other.head.weight)
     assert len(one.losses) == 3
@@ -71,21 +82,21 @@ def test_a_seed_gives_the_same_head_and_the_loss_falls(store, optimizer):
 
 def test_the_notebooks_settings_judge_real_rows_well(store):
     x, y = data(store)
-    head = fit(store, CLASSES, 3, Head()).head
-    assert (head.probabilities(x).argmax(1) == y).mean() > 0.95
+    fitted = fit(store, head()).head
+    assert (fitted.probabilities(x).argmax(1) == y).mean() > 0.95
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
 def test_two_workers_take_the_same_steps_as_none(store, ray_cluster, optimizer):
-    spec = Head(optimizer=optimizer, l2=0.01, epochs=2)
-    alone, together = fit(store, CLASSES, 3, spec), fit(store, CLASSES, 3, spec, RaySizes(fit_workers=2))
+    spec = head(optimizer=optimizer, l2=0.01, epochs=2)
+    alone, together = fit(store, spec), fit(store, spec, RaySizes(fit_workers=2))
     np.testing.assert_allclose(together.head.weight, alone.head.weight, atol=1e-4)
     assert together.losses[-1] == pytest.approx(alone.losses[-1], abs=1e-5)
 
 
 def test_more_workers_than_cpus(store, ray_cluster):
     with pytest.raises(ClusterError, match="fit_workers must be at most the cluster's CPUs"):
-        fit(store, CLASSES, 3, Head(), RaySizes(fit_workers=64))
+        fit(store, head(), RaySizes(fit_workers=64))
 
 
 @pytest.fixture(scope="module")
@@ -95,21 +106,22 @@ def large(tmp_path_factory):
     store = Store(str(tmp_path_factory.mktemp("large")))
     receipts = []
     for number, rows in enumerate((1100, 1, 0, 1899)):
-        table = pa.table({"label": rng.choice(list(CLASSES), rows).tolist()}, pa.schema([("label", pa.string())]))
+        labels = rng.choice(list(CLASSES), rows).tolist()
+        table = pa.table({"text": labels, "label": labels}, pa.schema([("text", pa.string()), ("label", pa.string())]))
         receipts.append(Receipt(f"u{number}", rows, 0, 0, 0, 0, 0.0))
         vectors = rng.normal(size=(rows, 400)).astype(np.float16)
         store.write_shard(receipts[-1], with_vectors(table, vectors), pa.table({"id": []}))
-    store.finish(Manifest("print", {}, tuple(receipts)))
+    store.finish(Manifest("print", {"features": ["mean_6"]}, tuple(receipts)))
     return store
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "lbfgs"])
 def test_vectors_in_a_file_give_the_same_head_as_in_memory(large, caplog, optimizer):
     caplog.set_level("INFO", "bertray")
-    spec = Head(optimizer=optimizer, l2=0.01, epochs=2)
-    held = fit(large, CLASSES, 3, spec)
+    spec = head(optimizer=optimizer, l2=0.01, epochs=2)
+    held = fit(large, spec)
     assert "read from a file" not in caplog.text
-    streamed = fit(large, CLASSES, 3, spec, RaySizes(fit_memory=1))
+    streamed = fit(large, spec, RaySizes(fit_memory=1))
     assert "2 MB of vectors are more than memory has room for: read from a file" in caplog.text
     np.testing.assert_array_equal(held.head.weight, streamed.head.weight)
     np.testing.assert_array_equal(held.head.bias, streamed.head.bias)
@@ -117,9 +129,9 @@ def test_vectors_in_a_file_give_the_same_head_as_in_memory(large, caplog, optimi
 
 
 def test_two_workers_with_uneven_shards_in_files(large, ray_cluster):
-    spec = Head(l2=0.01, epochs=2, batch_size=33)
-    alone = fit(large, CLASSES, 3, spec)
-    together = fit(large, CLASSES, 3, spec, RaySizes(fit_workers=2, fit_memory=1))
+    spec = head(l2=0.01, epochs=2, batch_size=33)
+    alone = fit(large, spec)
+    together = fit(large, spec, RaySizes(fit_workers=2, fit_memory=1))
     np.testing.assert_allclose(together.head.weight, alone.head.weight, atol=1e-4)
 
 
@@ -127,7 +139,7 @@ def test_the_steps_are_those_of_torch(store):
     """Written-out gradients and Adam against autograd and torch.optim, whose steps they are to be."""
     x, y = data(store)
     x, y = torch.from_numpy(x).float(), torch.from_numpy(y)
-    spec = Head(epochs=1, batch_size=50, l2=0.1)
+    spec = head(epochs=1, batch_size=50, l2=0.1)
     torch.manual_seed(spec.seed)
     linear = torch.nn.Linear(x.shape[1], 3)
     optimizer = torch.optim.Adam(linear.parameters(), lr=spec.lr)
@@ -140,6 +152,6 @@ def test_the_steps_are_those_of_torch(store):
         optimizer.step()
         if number >= len(steps) - len(steps) // 10:
             mean.update_parameters(linear)
-    head = fit(store, CLASSES, 3, spec).head
-    np.testing.assert_allclose(head.weight, mean.module.weight.detach().numpy(), atol=2e-6)
-    np.testing.assert_allclose(head.bias, mean.module.bias.detach().numpy(), atol=2e-6)
+    fitted = fit(store, spec).head
+    np.testing.assert_allclose(fitted.weight, mean.module.weight.detach().numpy(), atol=2e-6)
+    np.testing.assert_allclose(fitted.bias, mean.module.bias.detach().numpy(), atol=2e-6)

@@ -10,13 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import with_vectors
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bertray.errors import StoreError
 from bertray.sources import Columns, Reader, units
 from bertray.spec import Source
-from bertray.store import Receipt, Store, with_vectors
+from bertray.store import Receipt, Store
 from bertray.tokens import Tokens
 
 few = settings(max_examples=60, deadline=None, derandomize=True)

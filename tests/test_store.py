@@ -1,9 +1,11 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import with_vectors
 
 from bertray.errors import StoreError
-from bertray.store import Manifest, Receipt, Store, vectors_of, with_vectors
+from bertray.store import Manifest, Receipt, Store
+from bertray.vectors import vectors_of
 
 NO_REJECTS = pa.table({"id": pa.array([], pa.string()), "reason": [], "preview": []})
 
@@ -16,7 +18,7 @@ def filled(folder, dtype=np.float16, units=3):
         vectors = np.full((4, 5), unit, dtype)
         receipts.append(Receipt(f"u{unit}", 4, 0, 0, 1, 20, 0.1, {"a": 2, "b": 2}))
         store.write_shard(receipts[-1], with_vectors(rows, vectors), NO_REJECTS)
-    return store, Manifest("print", {"columns": {"text_pair": ""}}, tuple(receipts))
+    return store, Manifest("print", {"columns": {"text_pair": ""}, "features": ["mean_6"]}, tuple(receipts))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -29,7 +31,7 @@ def test_vectors_and_labels_come_back_in_order_as_they_were(tmp_path, dtype):
     assert labels == ["a", "b", "a", "b"] * 3
     assert store.manifest() == manifest
     assert (manifest.total("rows"), manifest.total("truncated"), manifest.labels) == (12, 3, {"a": 6, "b": 6})
-    assert vectors_of(next(store.tables(["vector"]))).shape == (4, 5)
+    assert vectors_of(next(store.tables(["mean_6"])), ["mean_6"]).shape == (4, 5)
 
 
 def test_without_a_manifest_a_store_is_not_complete(tmp_path):
