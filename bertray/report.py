@@ -102,6 +102,7 @@ def html(title: str, summary: Facts, details: Facts, spec: str, versions: Mappin
         cards=_cards(summary, judged),
         rows=summary.get("rows", {}).get(judged, {}).get("rows"),
         made_of=_made_of(summary, details),
+        legend=(sections["map"] or {}).get("legend", ()),
         sections={name: (heading, sections[name]) for name, heading in _TITLES.items() if sections.get(name)},
     )
 
@@ -139,7 +140,7 @@ def _short(value: Any, most: int = 300) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    text = " ".join(text[: 4 * most].split())
+    text = " ".join(text[: 4 * most].split()) or "(empty)"
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
@@ -193,12 +194,11 @@ def _made_of(summary: Facts, details: Facts) -> str:
     states = _states(summary.get("features") or ()) or f"{_short(encoder.get('pooling'))} pooling"
     rows = summary.get("rows", {}).get("train", {}).get("rows")
     labels = len(details.get("labels") or ())
-    fitted = [f"fitted by {head['optimizer']}"] if "optimizer" in head else []
-    fitted += [f"on {rows:,} rows"] if rows else []
+    fitted = (f" by {head['optimizer']}" if head.get("optimizer") else "") + (f" on {rows:,} rows" if rows else "")
     settings = ", ".join(_setting(name, value) for name, value in head.items() if _told(name, value))
     return (
         f"{encoder.get('model', 'The encoder')}{where}, {states}; a linear head"
-        f"{f' over {labels:,} labels' if labels else ''} {' '.join(fitted)}{f': {settings}' if settings else ''}."
+        f"{f' over {labels:,} labels' if labels else ''} fitted{fitted}{f': {settings}' if settings else ''}."
     )
 
 
@@ -446,17 +446,17 @@ def _search_plot(lines: Mapping[str, Sequence[Facts]], metric: str) -> str:
             colour = colours.get(name, OTHERS)
             axes.plot(x, y, color=colour, marker="o", ms=4, label=_short(name, 34) if name in colours else None)
             axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-            for point in points:
-                if point.get("chosen"):
-                    axes.plot(point["l2"], point["score"], "o", ms=12, mfc="none", mec=_INK, mew=2, label="chosen")
+            chosen = [point for point in points if point.get("chosen")]
+            ring = {"marker": "o", "ms": 12, "mfc": "none", "mec": _INK, "mew": 2, "linestyle": ""}
+            axes.plot([point["l2"] for point in chosen], [point["score"] for point in chosen], **ring)
         positive = [point["l2"] for points in lines.values() for point in points if point["l2"] > 0]
         axes.set_xscale("symlog", linthresh=min(positive))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set(xlabel="l2", ylabel=metric)
         handles, names = axes.get_legend_handles_labels()
-        axes.legend(handles[::-1], names[::-1], loc="upper left", bbox_to_anchor=(-0.02, -0.2))
+        axes.figure.legend(handles[::-1], names[::-1], loc="outside lower left")
 
-    height = 3.2 + 0.2 * (min(len(best), len(PALETTE)) + 1)
+    height = 3.2 + 0.2 * min(len(best), len(PALETTE))
     return _plot("search", 4.9, height, f"{metric} over l2, a line for each of {len(best)} sets of features", draw)
 
 
