@@ -1,7 +1,7 @@
 """Answers: a head's logits to labels, numbers, entities or spans of text. Knows nothing of files or of encoders."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from bertray import metrics
 from bertray.annotations import Ints
 from bertray.bundle import Bundle
-from bertray.features import related
+from bertray.features import related, with_surroundings
 from bertray.heads import Floats, probabilities
 from bertray.spans import best_span
 from bertray.vectors import edges_of, spans_of, vectors_of
+
+_TOKENS = 16_384  # that are answered at once
 
 
 def states_of(table: pa.Table, features: Sequence[str]) -> tuple[NDArray[Any], Ints | None, Ints | None]:
@@ -35,19 +37,15 @@ def logits(
     assert edges is not None and spans is not None
     tokens = np.delete(np.arange(len(vectors)), edges[:-1])
     questions = np.repeat(edges[:-1], np.diff(edges) - 1)
-    found = np.concatenate(
-        [
-            bundle.head.logits(related(vectors[part].astype(np.float32), vectors[owner].astype(np.float32), pair=False))
-            for part, owner in _parts(tokens, questions)
-        ]
-    )
+    states = with_surroundings(vectors.reshape(len(vectors), len(bundle.features), -1), edges)
+    states = states.reshape(len(vectors), 2, -1)
+    found = np.zeros((len(tokens), 2), np.float32)
+    for start in range(0, len(tokens), _TOKENS):
+        part = slice(start, start + _TOKENS)
+        u, around = (states[tokens[part], place].astype(np.float32) for place in (0, 1))
+        found[part] = bundle.head.logits(related(u, states[questions[part], 0].astype(np.float32), around))
     found[~vectors[tokens].any(1)] = -np.inf  # what was cut off
     return found, edges - np.arange(len(edges)), spans[tokens]
-
-
-def _parts(tokens: Ints, questions: Ints, size: int = 16_384) -> Iterator[tuple[Ints, Ints]]:
-    for start in range(0, max(1, len(tokens)), size):
-        yield tokens[start : start + size], questions[start : start + size]
 
 
 def columns(

@@ -1,15 +1,21 @@
-"""Features: which states of which layers a vector consists of. Names only: computes nothing.
+"""Features: which states of which layers a vector consists of, and what a head sees of
+vectors that belong together.
 
 A feature is written POOLING_LAYER: `mean_6` is the mean over the tokens of the sixth layer's output, `cls_0` what the
 embeddings give [CLS]. A vector is one feature or several side by side.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bertray.errors import SpecError
 
 _LAST4 = 4
+_REACH = 12  # tokens: a sentence or so
 
 
 class Feature(NamedTuple):
@@ -58,14 +64,33 @@ def features(poolings: str | Sequence[str], layers: str | int | Sequence[int], c
     return (*found, *([Feature("pooler", count)] if "pooler" in names else []))
 
 
-def related(u: Any, v: Any, pair: bool = True) -> Any:
-    """What a head sees of two vectors [n, width], side by side: of a pair of texts u, v, abs(u - v) and u * v (Conneau
-    et al. 2017); of a token u and its question v, u and u * v. For arrays and tensors."""
-    parts = (u, v, abs(u - v), u * v) if pair else (u, u * v)
+def related(u: Any, v: Any, around: Any = None) -> Any:
+    """What a head sees of two vectors [n, width], side by side, for arrays and tensors.
+
+    Of a pair of texts: u, v, abs(u - v) and u * v (Conneau et al. 2017). Of a token u, its question v and what is
+    around the token: u, u * v and around * v; the last tells how much the passage has to do with the question.
+    """
+    parts = (u, v, abs(u - v), u * v) if around is None else (u, u * v, around * v)
     if hasattr(u, "numpy"):
         import torch
 
         return torch.cat(parts, 1)
-    import numpy as np
-
     return np.concatenate(parts, 1)
+
+
+def with_surroundings(vectors: NDArray[Any], edges: NDArray[np.int64]) -> NDArray[Any]:
+    """[words, 2 * features, width] of the vectors [words, features, width] of questions, each before those of its
+    tokens: behind these the mean over each token and its neighbours, up to _REACH of them on either side.
+
+    Args:
+        edges: [questions + 1] where each question's vectors begin: its own, then its tokens'.
+    """
+    found = np.zeros((len(vectors), 2 * vectors.shape[1], vectors.shape[2]), vectors.dtype)
+    found[:, : vectors.shape[1]] = vectors
+    for start, stop in pairwise(edges.tolist()):
+        own = vectors[start + 1 : stop].astype(np.float32)
+        sums = np.concatenate([np.zeros_like(own[:1]), own.cumsum(0)])
+        places = np.arange(len(own))
+        first, last = np.maximum(places - _REACH, 0), np.minimum(places + _REACH + 1, len(own))
+        found[start + 1 : stop, vectors.shape[1] :] = (sums[last] - sums[first]) / (last - first)[:, None, None]
+    return found

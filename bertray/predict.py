@@ -114,7 +114,7 @@ def _answers(bundle: Bundle, encoded: Any, texts: Sequence[str], pairs: Sequence
     """What a bundle answers to what was encoded, as columns (see `answers.columns`)."""
     vectors, edges, spans = encoded.vectors, None, None
     if bundle.part != "text":
-        width = bundle.head.weight.shape[1] // (2 if bundle.part == "token" else 1)
+        width = bundle.head.weight.shape[1] // (3 if bundle.part == "token" else 1)
         edges = np.cumsum([0, *map(len, vectors)])
         spans = np.concatenate([np.zeros((0, 2), np.int64), *encoded.spans])
         vectors = np.concatenate([np.zeros((0, width), np.float32), *vectors])

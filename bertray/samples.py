@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from bertray import labels
 from bertray.annotations import Ints
 from bertray.errors import StoreError
-from bertray.features import related
+from bertray.features import related, with_surroundings
 from bertray.progress import log
 from bertray.states import Again, Recoded, Texts, tables
 from bertray.store import Store
@@ -130,7 +130,7 @@ class Samples:
 
     @property
     def width(self) -> int:
-        times = 1 if self.others is None else 4 if self.questions is None else 2
+        times = 1 if self.others is None else 4 if self.questions is None else 3
         return times * self.blocks * int(self.vectors.shape[2])
 
     def of(self, chosen: Sequence[int], averaged: bool) -> "Samples":
@@ -145,15 +145,18 @@ class Samples:
         if self.questions is None:
             u, v = (self._flat(self.vectors, part, dtype) for part in others.unbind(1))
             return related(u, v)
-        u, v = self._flat(self.vectors, rows, dtype), self._flat(self.questions, others, dtype)
-        return related(u, v, pair=False)
+        behind = self.vectors.shape[1] // 2
+        u, around = (self._flat(self.vectors, rows, dtype, behind=place) for place in (0, behind))
+        return related(u, self._flat(self.questions, others, dtype), around)
 
-    def _flat(self, vectors: Any, rows: "torch.Tensor | slice", dtype: "torch.dtype") -> "torch.Tensor":
+    def _flat(
+        self, vectors: Any, rows: "torch.Tensor | slice", dtype: "torch.dtype", behind: int = 0
+    ) -> "torch.Tensor":
         if not isinstance(rows, slice):
             rows = rows.to(vectors.device)
-        found = vectors[rows]
-        if self.chosen != tuple(range(vectors.shape[1])):
-            found = found[:, list(self.chosen)]
+        found, chosen = vectors[rows], [behind + place for place in self.chosen]
+        if chosen != list(range(vectors.shape[1])):
+            found = found[:, chosen]
         found = found.to(self.device, dtype)
         return found.mean(1) if self.averaged else found.reshape(len(found), -1)
 
@@ -189,7 +192,7 @@ def samples(wanted: Wanted, share: Share, memory: int | str = "auto", device: st
             spare=max(0, room - vectors.nbytes),
             kind=KINDS[wanted.form],
             outputs=wanted.outputs,
-            chosen=tuple(range(vectors.shape[1])),
+            chosen=tuple(range(len(wanted.features))),
             **arrays,
             **parts,
         )
@@ -275,6 +278,7 @@ class _Reading:
             vectors = self._features(table)
             kept = np.arange(len(vectors))
             if wanted.form == "answers" and edges is not None and spans is not None:
+                vectors = with_surroundings(vectors, edges)
                 # The first is the question's; its tokens are related to it.
                 kept, first = np.delete(kept, edges[:-1]), edges[:-1]
                 begun = sum(map(len, self.asked or self.questions))

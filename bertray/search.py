@@ -148,7 +148,7 @@ def fit_one(
 
 
 def _relations(samples: Samples) -> int:
-    return 1 if samples.others is None else 4 if samples.questions is None else 2
+    return 1 if samples.others is None else 4 if samples.questions is None else 3
 
 
 def _named(names: Sequence[str]) -> str:

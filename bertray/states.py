@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from bertray import checkpoints
 from bertray.annotations import Ints
 from bertray.errors import CheckpointError
-from bertray.features import parse
+from bertray.features import parse, with_surroundings
 from bertray.spec import Encoder as EncoderSpec
 from bertray.store import Store
 from bertray.tokens import gathered
@@ -98,10 +98,10 @@ class Texts:
         flat = self._encoded(tuple(texts.tolist()))
         _, begun = gathered(self.edges, texts)
         found = flat[begun[places] + rows - self.edges[owners]]
-        return found.reshape(len(rows), len(self.encoder.features), -1)
+        return found
 
     def _encoded(self, chosen: tuple[int, ...]) -> NDArray[Any]:
-        """The vectors of the words of some texts. The last ones are kept: questions are asked for right after their
+        """The vectors of the words of some texts, of questions' tokens with what is around them. The last ones are kept: questions are asked for right after their
         tokens."""
         if (last := self._last) and last[0] == chosen:
             return last[1]
@@ -110,7 +110,10 @@ class Texts:
             self.pairs and [self.pairs[i] for i in chosen],
             self.words and [self.words[i] for i in chosen],
         )
-        flat: NDArray[Any] = np.concatenate([np.zeros((0, self.encoder.width), np.float16), *encoded.vectors])
+        vectors = [words.reshape(len(words), len(self.encoder.features), -1) for words in encoded.vectors]
+        flat: NDArray[Any] = np.concatenate(vectors)
+        if self.encoder.tokenizer.part == "token":
+            flat = with_surroundings(flat, np.cumsum([0, *map(len, vectors)]))
         self._last = (chosen, flat)
         return flat
 
@@ -121,8 +124,9 @@ class Recoded:
     def __init__(self, texts: Texts, rows: Ints) -> None:
         """The words of those numbers, of all words of the texts."""
         features = len(texts.encoder.features)
+        width, times = texts.encoder.width // features, 2 if texts.encoder.tokenizer.part == "token" else 1
         self._texts, self._rows = texts, rows
-        self.shape, self.nbytes, self.device = (len(rows), features, texts.encoder.width // features), 0, "cpu"
+        self.shape, self.nbytes, self.device = (len(rows), times * features, width), 0, "cpu"
 
     def __getitem__(self, rows: Any) -> "torch.Tensor":
         import torch
