@@ -91,7 +91,7 @@ def details():
             "metric": "macro_f1",
             "best": {},
             "curve": [
-                {"features": names, "combine": "concat", "l2": l2, "score": 0.8, "low": 0.7, "high": 0.9, "chosen": l2 > 0}
+                {"features": names, "combine": "sum", "l2": l2, "score": 0.8, "low": 0.7, "high": 0.9, "chosen": l2 > 0}
                 for names in (["mean_6"], ["mean_5", "mean_6"])
                 for l2 in (0.0, 0.1)
             ],
@@ -425,6 +425,13 @@ def test_it_fits_a_desktop_and_a_phone_and_the_map_answers_in_chromium(summary, 
     if kind == "hostile":
         summary, details = hostile(summary, details)
     assert chromium(html("demo", summary, details, HOSTILE[5], VERSIONS), width, PROBE) == "1" * 19
+
+
+def test_texts_are_cut_with_an_ellipsis_and_on_one_line(summary):
+    texts = ["a" * 300, "b" * 301, " \n" * 3_000 + "late", "", ("c" + " " * 99) * 149 + "end", ("d" + " " * 99) * 400]
+    page = html("demo", summary | {"examples": [{"text": text, "label": "x"} for text in texts]}, {}, "", {})
+    shown = re.findall('<td class="text" dir="auto">(.*?)</td>', page)
+    assert shown == ["a" * 300, "b" * 299 + "…", "late", "(empty)", "c " * 149 + "end", "d " * 149 + "d…"]
 
 
 def test_without_scripts_the_map_is_a_picture_with_titles(page):
