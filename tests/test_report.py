@@ -428,10 +428,10 @@ def test_it_fits_a_desktop_and_a_phone_and_the_map_answers_in_chromium(summary, 
 
 
 def test_texts_are_cut_with_an_ellipsis_and_on_one_line(summary):
-    texts = ["a" * 300, "b" * 301, " \n" * 3_000 + "late", "", ("c" + " " * 99) * 149 + "end", ("d" + " " * 99) * 400]
+    texts = ["a" * 300, "b" * 301, " \n" * 3_000 + "late", "", ("c" + " " * 99) * 148 + "end", ("d" + " " * 99) * 400]
     page = html("demo", summary | {"examples": [{"text": text, "label": "x"} for text in texts]}, {}, "", {})
     shown = re.findall('<td class="text" dir="auto">(.*?)</td>', page)
-    assert shown == ["a" * 300, "b" * 299 + "…", "late", "(empty)", "c " * 149 + "end", "d " * 149 + "d…"]
+    assert shown == ["a" * 300, "b" * 299 + "…", "late", "(empty)", "c " * 148 + "end", "d " * 149 + "d…"]
 
 
 def test_without_scripts_the_map_is_a_picture_with_titles(page):
