@@ -140,7 +140,7 @@ def _short(value: Any, most: int = 300) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    text = " ".join(text[: 4 * most].split()) or "(empty)"
+    text = " ".join(text.split()) or "(empty)"
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
@@ -177,11 +177,7 @@ def _cards(summary: Facts, judged: str) -> list[dict[str, Any]]:
     intervals = (summary.get("intervals") or {}).get(judged, {})
     names = _CARDS.get(summary.get("task", ""), ()) or _CARDS.get(summary.get("problem", ""), tuple(_METRICS))
     return [
-        {
-            "name": _called(name),
-            "value": _metric(found[name], name),
-            "interval": _bounds(intervals, name),
-        }
+        {"name": _called(name), "value": _metric(found[name], name), "interval": _bounds(intervals, name)}
         for name in names
         if name in found
     ]
@@ -336,7 +332,7 @@ def _map(points: Facts | None, numbers: bool) -> dict[str, Any] | None:
     others = len(frequent) - len(named)
     groups: list[list[dict[str, Any]]] = [[] for _ in [*named, others]]
     for (x, y), row, tip in zip(at, rows, _tips(points, rows), strict=True):
-        wrong = not numbers and _short(points["label"][row]) != _short(points["predicted"][row])
+        wrong = not numbers and points["label"][row] != points["predicted"][row]
         group = groups[named.index(labels[row]) if labels[row] in named else -1]
         group.append({"x": round(x), "y": round(y), "wrong": wrong, "tip": tip})
     names, colours = [*named, f"{others} other labels"], [*PALETTE[: len(named)], OTHERS]
