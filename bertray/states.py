@@ -101,8 +101,8 @@ class Texts:
         return found
 
     def _encoded(self, chosen: tuple[int, ...]) -> NDArray[Any]:
-        """The vectors of the words of some texts, of questions' tokens with what is around them. The last ones are kept: questions are asked for right after their
-        tokens."""
+        """The vectors of the words of some texts; of questions' tokens with what is around them. The last ones are kept:
+        questions are asked for right after their tokens."""
         if (last := self._last) and last[0] == chosen:
             return last[1]
         encoded = self.encoder.encode(
