@@ -101,7 +101,7 @@ class Texts:
         return found
 
     def _encoded(self, chosen: tuple[int, ...]) -> NDArray[Any]:
-        """The vectors of the words of some texts; of questions' tokens with what is around them. The last ones are kept:
+        """The vectors of the words of some texts, with what is around the tokens of questions. The last ones are kept:
         questions are asked for right after their tokens."""
         if (last := self._last) and last[0] == chosen:
             return last[1]

@@ -31,7 +31,8 @@ def test_all_mistakes_are_told_at_once_with_place_and_what_is_allowed(tmp_path):
         [
             f"{path}:3: data.tests is not a key of a spec. Did you mean test?",
             f"{path}:4: data.labels.1 must be a string. Got 3 instead.",
-            f'{path}:5: encoder.pooling must be one of pooler, cls, mean, max, first or a list of these. Got "avg" instead.',
+            f"{path}:5: encoder.pooling must be one of pooler, cls, mean, max, first or a list of these. "
+            'Got "avg" instead.',
             f'{path}:5: encoder.max_length must be a whole number of at least 3. Got "5" instead.',
             f"{path}:6: head.lr must be a number above 0. Got 0 instead.",
             f"{path}:6: head.epochs must be a whole number of at least 1. Got true instead.",
