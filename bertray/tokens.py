@@ -472,6 +472,8 @@ def _words_of(encoding: Any, text: str, part: str, given: Ints | None) -> tuple[
         numbers = np.searchsorted(given[:, 0], spans[:, 0], side="right") - 1
         kept = spans[:, 0] < np.append(given[:, 1], 0)[numbers]  # -1, before the first word, takes the 0
     own, spans, numbers = own[kept], spans[kept], numbers[kept]
+    if not len(own):
+        return (spans, spans) if given is None else (given, np.zeros_like(given))
     found, first = np.unique(numbers, return_index=True)
     last = np.append(first[1:], len(numbers)) - 1
     if given is None:
