@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from bertray.bundle import Bundle
 from bertray.checkpoints import Checkpoint
 from bertray.errors import BertrayError, BundleError, CheckpointError
+from bertray.features import related, with_surroundings
 from bertray.predict import checkpoint_of
 from bertray.storage import Location
 
@@ -38,7 +39,7 @@ _WRAPPER = Path(__file__).parent / "templates" / "modeling_bertray.py"
 _POOLINGS = {
     "text-classification": ("pooler", "cls", "mean", "max"),
     "token-classification": ("first", "mean"),
-    "question-answering": ("first",),
+    "question-answering": ("mean",),
 }
 _CLASSES = {
     "text-classification": "ForSequenceClassification",
@@ -78,7 +79,7 @@ def export(bundle: Bundle, format: str, output: str) -> dict[str, Any]:
     folder = _free(output)
     earlier = _files(folder)
     features = _features(bundle)
-    if _siamese(bundle) and format != "sentence-transformers":
+    if bundle.siamese and format != "sentence-transformers":
         raise BundleError(
             f"A siamese bundle encodes two texts apart, which --format {format} cannot. Export its encoder with "
             "--format sentence-transformers, or fit on pairs in one sequence."
@@ -207,7 +208,8 @@ class _Parts:
                     f"The bundle uses {pooling}_{layer}, but {self.checkpoint.name} has {layers} layers and a pooler "
                     "on the last at most. Fit it again."
                 )
-        parts = 4 if _siamese(self.bundle) else 1  # u, v, |u - v|, u * v
+        asked = self.bundle.task == "question-answering"
+        parts = 4 if self.bundle.siamese else 3 if asked else 1  # see features.related
         wanted = (len(_labels(self.bundle)), parts * len(self.features) * width)
         if self.bundle.head.weight.shape != wanted:
             raise BundleError(f"The bundle's weights are {self.bundle.head.weight.shape}, not {wanted}. Fit it again.")
@@ -232,7 +234,25 @@ class _Parts:
             "max": lambda states: states.amax(0),
             "pooler": lambda states: output.pooler_output[0],
         }
-        return torch.cat([pooled[name](output.hidden_states[at][0]) for name, at in self.features], -1).numpy()
+        found = torch.cat([pooled[name](output.hidden_states[at][0]) for name, at in self.features], -1).numpy()
+        return self._related(found, inputs) if self.bundle.task == "question-answering" else found
+
+    def _related(self, states: NDArray[np.float32], inputs: Batch) -> NDArray[np.float32]:
+        """[own tokens, 3 * width] of a question and its text: see `answers.logits`."""
+        ids = inputs["input_ids"][0]
+        question = states[1 : int((ids == self.tokenizer.sep_token_id).nonzero()[0])].mean(0, keepdims=True)
+        own = np.concatenate([question, states[self.own(ids).numpy()]])[:, None]
+        both = with_surroundings(own, np.array([0, len(own)]))[1:]
+        return related(both[:, 0], np.repeat(question, len(both), 0), both[:, 1])
+
+    def own(self, ids: torch.Tensor) -> torch.Tensor:
+        """[..., tokens] which of them answer: of a question and its text [CLS] and the text's tokens, else all."""
+        if self.bundle.task != "question-answering":
+            return torch.ones_like(ids, dtype=torch.bool)
+        apart = ids == self.tokenizer.sep_token_id
+        found = (apart.cumsum(-1) > 0) & ~apart
+        found[..., 0] = True
+        return found
 
     def answers(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
         """[..., outputs] of vectors: logits for tokens, else what the bundle answers."""
@@ -256,7 +276,8 @@ class _Parts:
         batch, worst = self.batch(), 0.0
         for row, (found, mask) in enumerate(zip(run(batch), batch["attention_mask"].bool(), strict=True)):
             expected = of(self.vectors({name: values[row : row + 1, mask] for name, values in batch.items()}))
-            found = np.asarray(found)[mask.numpy()] if self.of_tokens else np.asarray(found)
+            kept = mask & self.own(batch["input_ids"][row])
+            found = np.asarray(found)[kept.numpy()] if self.of_tokens else np.asarray(found)
             worst = max(worst, float(np.abs(found - expected).max() / max(1.0, np.abs(expected).max())))
         return worst
 
@@ -301,12 +322,7 @@ def _of_tokens(bundle: Bundle) -> bool:
 
 def _paired(bundle: Bundle) -> bool:
     """Whether two texts make one sequence."""
-    return bundle.task == "question-answering" or (bundle.pairs and not _siamese(bundle))
-
-
-def _siamese(bundle: Bundle) -> bool:
-    """Whether two texts are encoded apart."""
-    return bundle.pairs and bundle.encoder.get("pair") == "siamese"
+    return bundle.task == "question-answering" or (bundle.pairs and not bundle.siamese)
 
 
 def _labels(bundle: Bundle) -> tuple[str, ...]:
@@ -383,6 +399,8 @@ def _finish(bundle: Bundle, format: str, folder: Path, written: _Written) -> Non
         "model": bundle.encoder["model"],
         "revision": bundle.encoder["revision"],
         "fingerprint": bundle.fingerprint,
+        "threshold": bundle.threshold,
+        **({"lengths": bundle.lengths} if bundle.lengths else {}),
         **written.summary,
         **written.more,
         "files": files,
@@ -433,7 +451,8 @@ def _wrapped(parts: _Parts) -> Any:
     unneeded = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "transformers_version")
     encoder = {key: value for key, value in parts.config.to_dict().items() if key not in unneeded}
     features = [f"{'first' if parts.of_tokens else pooling}_{layer}" for pooling, layer in parts.features]
-    config = wrapper.BertrayConfig(encoder, features, **_labelled(bundle))
+    separator = parts.tokenizer.sep_token_id if bundle.task == "question-answering" else -1
+    config = wrapper.BertrayConfig(encoder, features, separator, **_labelled(bundle))
     auto = f"AutoModel{_CLASSES[bundle.task]}"
     config.auto_map = {
         "AutoConfig": f"{_WRAPPER.stem}.BertrayConfig",

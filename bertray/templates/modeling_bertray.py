@@ -29,15 +29,21 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
+_REACH = 12
+
 
 class BertrayConfig(PreTrainedConfig):
-    """encoder: the encoder's own config; features: see above."""
+    """encoder: the encoder's own config; features: see above; separator: of questions and texts, the id between
+    them."""
 
     model_type = "bertray"
 
-    def __init__(self, encoder: dict[str, Any] | None = None, features: Any = (), **kwargs: Any) -> None:
+    def __init__(
+        self, encoder: dict[str, Any] | None = None, features: Any = (), separator: int = -1, **kwargs: Any
+    ) -> None:
         self.encoder = encoder
         self.features = list(features)
+        self.separator = separator
         super().__init__(**kwargs)
 
 
@@ -46,6 +52,7 @@ class BertrayModel(PreTrainedModel):
 
     config_class = BertrayConfig
     base_model_prefix = "encoder"
+    times = 1  # how often a head sees each feature
 
     def __init__(self, config: BertrayConfig) -> None:
         super().__init__(config)
@@ -53,7 +60,7 @@ class BertrayModel(PreTrainedModel):
         self.encoder = AutoModel.from_config(AutoConfig.for_model(**(config.encoder or {})))
         if "pooler" not in dict(self.features) and hasattr(self.encoder, "pooler"):
             self.encoder.pooler = None
-        self.head = nn.Linear(len(self.features) * self.encoder.config.hidden_size, config.num_labels)
+        self.head = nn.Linear(self.times * len(self.features) * self.encoder.config.hidden_size, config.num_labels)
         self.post_init()
 
     def vectors(
@@ -116,7 +123,14 @@ class BertrayForTokenClassification(BertrayModel):
 
 
 class BertrayForQuestionAnswering(BertrayModel):
-    """start_logits, end_logits: [texts, tokens]; token 0, [CLS], is "no answer"."""
+    """start_logits, end_logits: [texts, tokens]; token 0, [CLS], is "no answer". Those of the question and of
+    separators are -10000.
+
+    A token's answer comes from its state u, u * q and n * q, where q is the mean over the question's tokens and n that
+    over the token and its neighbours in the text, up to 12 on either side ([CLS] being before the first).
+    """
+
+    times = 3
 
     def forward(
         self,
@@ -125,8 +139,23 @@ class BertrayForQuestionAnswering(BertrayModel):
         token_type_ids: torch.Tensor | None = None,
         **_: Any,
     ) -> QuestionAnsweringModelOutput:
-        start, end = self.head(self.vectors(input_ids, attention_mask, token_type_ids)).unbind(-1)
+        states = self.vectors(input_ids, attention_mask, token_type_ids)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        apart = (input_ids == self.config.separator).long()
+        behind, there = apart.cumsum(1) > 0, (mask > 0) & (apart == 0)
+        first = torch.arange(input_ids.shape[1], device=input_ids.device)[None] == 0
+        asked, own = there & ~behind & ~first, there & (behind | first)
+        question = _mean(states, asked[:, None].to(states.dtype))
+        places = own.long().cumsum(1)
+        near = own[:, None] & ((places[:, None] - places[:, :, None]).abs() <= _REACH)
+        seen = torch.cat([states, states * question, _mean(states, near.to(states.dtype)) * question], -1)
+        start, end = self.head(seen).masked_fill(~own[..., None], -10000.0).unbind(-1)
         return QuestionAnsweringModelOutput(start_logits=start, end_logits=end)
+
+
+def _mean(states: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """[texts, n, width] of states [texts, tokens, width] by weights [texts, n, tokens]."""
+    return (weights @ states) / weights.sum(-1, keepdim=True).clamp_min(1)
 
 
 class BertrayTextPipeline(TextClassificationPipeline):
