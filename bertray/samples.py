@@ -158,7 +158,7 @@ class Samples:
         if chosen != list(range(vectors.shape[1])):
             found = found[:, chosen]
         found = found.to(self.device, dtype)
-        return found.mean(1) if self.averaged else found.reshape(len(found), -1)
+        return found.mean(1) if self.averaged else found.flatten(1)
 
 
 @contextmanager
@@ -251,7 +251,7 @@ class _Reading:
         return bool(self.wanted.stores[0].complete().made_by["columns"]["text_pair"])
 
     def _rows(self) -> int:
-        """How many vectors there will be."""
+        """How many vectors there will be, at most."""
         if self.wanted.pairs:
             return self.wanted.pairs.complete().total("rows")
         rows = sum(store.complete().total("rows") for store in self.wanted.stores)
@@ -278,12 +278,13 @@ class _Reading:
             vectors = self._features(table)
             kept = np.arange(len(vectors))
             if wanted.form == "answers" and edges is not None and spans is not None:
-                vectors = with_surroundings(vectors, edges)
-                # The first is the question's; its tokens are related to it.
-                kept, first = np.delete(kept, edges[:-1]), edges[:-1]
+                # The first is the question's; its tokens are related to it, but for those that were cut off.
+                first, seen = edges[:-1], vectors.any((1, 2))
+                seen[first], seen[first + 1] = False, True
+                vectors, kept = with_surroundings(vectors, edges), np.flatnonzero(seen)
                 begun = sum(map(len, self.asked or self.questions))
                 self._ask(table, vectors, first)
-                spans, edges = spans[kept], edges - np.arange(len(edges))
+                spans, edges = spans[kept], np.searchsorted(kept, edges)
                 self.others.append(begun + np.repeat(np.arange(len(rows)), np.diff(edges)))
             vectors = vectors[kept]
             if self.encoder:
@@ -349,21 +350,21 @@ class _Reading:
 
 
 class _Vectors:
-    """Room for so many vectors, in memory or in a file, and what is in it so far."""
+    """Room for so many vectors at most, in memory or in a file, and what is in it so far."""
 
     def __init__(self, folder: str, room: int, rows: int = 0) -> None:
         self._folder, self._room, self.rows = folder, room, rows
         self.array: NDArray[Any] = np.zeros((0, 1, 1), np.float16)
-        self.streamed, self._filled = False, 0
+        self.streamed, self._made, self._filled = False, False, 0
 
     def add(self, part: NDArray[Any]) -> None:
-        if not self._filled and len(self.array) != self.rows:
+        if not self._made:
             self._make(part)
         self.array[self._filled : self._filled + len(part)] = part
         self._filled += len(part)
 
     def _make(self, part: NDArray[Any]) -> None:
-        shape = (self.rows, *part.shape[1:])
+        self._made, shape = True, (self.rows, *part.shape[1:])
         needed = int(np.prod(shape)) * part.itemsize
         self.streamed = needed > self._room
         if self.streamed:
@@ -373,7 +374,7 @@ class _Vectors:
             self.array = np.empty(shape, part.dtype)
 
     def done(self) -> None:
-        assert self._filled == self.rows, "rows were counted wrong"
+        self.array = self.array[: self._filled]
 
 
 def _mapped(file: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
