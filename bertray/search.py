@@ -243,7 +243,8 @@ def _gathered(
     edges = np.arange(len(logits) + 1) if samples.edges is None else samples.edges.cpu().numpy()
     room = _KEPT // share.world // max(1, logits.shape[1])
     groups = int(np.searchsorted(edges, room, side="right")) - 1
-    kept = np.flatnonzero((samples.folds < folds).cpu().numpy()[edges[:groups]]) if groups else np.zeros(0, np.int64)
+    left = np.append((samples.folds < folds).cpu().numpy(), True)  # a text without a word goes with the next one
+    kept = np.flatnonzero(left[edges[:groups]])
     if groups < len(edges) - 1:
         log.info("fitting: of the rows that were left out %d are looked at more closely", groups * share.world)
     targets = samples.targets.cpu().numpy()

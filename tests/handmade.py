@@ -1,5 +1,6 @@
 """Stores made by hand, for tests of what reads them."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +24,7 @@ def store_of(folder, rows, vectors, features=("mean_6",), spans=None, shards=(),
     if "id" not in table.column_names:
         table = table.add_column(0, "id", pa.array([f"r{i}" for i in range(table.num_rows)], pa.string()))
     edges = [0, *shards, table.num_rows]
-    for number, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+    for number, (start, stop) in enumerate(pairwise(edges)):
         part = table.slice(start, stop - start)
         if features:
             encoded = SimpleNamespace(vectors=vectors[start:stop], spans=None if spans is None else spans[start:stop])

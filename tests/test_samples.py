@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def test_balanced_weights_are_scikit_learns(tmp_path):
 
 
 def test_a_class_that_no_row_has_leaves_the_others_as_they_are(tmp_path):
-    store, rows, _ = texts_of(tmp_path, 200)
+    store, *_ = texts_of(tmp_path, 200)
     _, _, parts = read(Wanted((store,), "name", NAMES, 3, balanced=True))
     _, _, more = read(Wanted((store,), "name", {**NAMES, "d": 3}, 4, balanced=True))
     np.testing.assert_array_equal(more["weights"], parts["weights"])
@@ -121,7 +122,7 @@ def test_rows_of_words(tmp_path):
     assert parts["edges"].tolist() == np.cumsum([0, *COUNTS]).tolist()
     assert parts["targets"].tolist() == [NAMES[tag] for label in labels for tag in json.loads(label)]
     assert parts["weights"].tolist() == [float(i != 7) for i in range(15)]
-    for start, stop in zip(parts["edges"], parts["edges"][1:], strict=False):
+    for start, stop in pairwise(parts["edges"]):
         assert len(set(parts["folds"][start:stop].tolist())) <= 1
 
 
@@ -173,7 +174,7 @@ def test_pairs_are_told_by_the_rows_of_their_texts(tmp_path):
     first, second = [0, 4, 2, 2], [1, 1, 2, 3]
     rows = {"text": ["v", "z", "x", "x"], "label": list("abca"), "first": first, "second": second}
     store = store_of(tmp_path / "pairs", rows, None, ())
-    found, x, parts = read(Wanted((store,), "name", NAMES, 3, pairs=texts))
+    _, x, parts = read(Wanted((store,), "name", NAMES, 3, pairs=texts))
     np.testing.assert_array_equal(x, related(vectors[first], vectors[second]))
     assert x.shape == (4, 24)
     assert parts["targets"].tolist() == [0, 1, 2, 0]
