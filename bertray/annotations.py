@@ -105,7 +105,7 @@ def answers_of(label: str) -> list[tuple[int, str]]:
 
 
 def _names(cell: Any, *_: Any) -> str:
-    if not isinstance(cell, list) or not all(isinstance(name, str | int) and name is not True for name in cell):
+    if not isinstance(cell, list) or not all(isinstance(name, str) or type(name) is int for name in cell):
         raise Wrong("is no list of labels")
     return _kept(sorted(dict.fromkeys(map(str, cell))))
 
@@ -167,11 +167,13 @@ def _pairs(cell: Any) -> Iterator[tuple[int, str]]:
 def _parsed(cell: str, form: str) -> Any:
     """What a cell of a CSV file stands for."""
     try:
-        return json.loads(cell)
-    except ValueError:
+        found = json.loads(cell)
+        if form == "answers" or isinstance(found, list | dict):
+            return found
+    except (ValueError, RecursionError):
         if form == "answers":
             raise Wrong("is no list of objects with text and answer_start") from None
-        return [part for part in (cell.split("|") if form == "names" else cell.split()) if part]
+    return [part for part in (cell.split("|") if form == "names" else cell.split()) if part]
 
 
 def _kept(value: Any) -> str:

@@ -37,8 +37,8 @@ def logits(
     assert edges is not None and spans is not None
     tokens = np.delete(np.arange(len(vectors)), edges[:-1])
     questions = np.repeat(edges[:-1], np.diff(edges) - 1)
-    states = with_surroundings(vectors.reshape(len(vectors), len(bundle.features), -1), edges)
-    states = states.reshape(len(vectors), 2, -1)
+    shape = len(vectors), len(bundle.features), vectors.shape[1] // len(bundle.features)
+    states = with_surroundings(vectors.reshape(shape), edges).reshape(len(vectors), 2, vectors.shape[1])
     found = np.zeros((len(tokens), 2), np.float32)
     for start in range(0, len(tokens), _TOKENS):
         part = slice(start, start + _TOKENS)

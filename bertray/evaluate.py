@@ -133,6 +133,8 @@ class _Seen:
         if form == "names":
             named = [[self.bundle.labels[i] for i in np.flatnonzero(row)] for row in targets]
             return pa.array(named, pa.list_(pa.string()))
+        if form == "tokens":  # numbers may stand for tags
+            true = [labels.named(label, self.bundle.labels, self.classes) for label in true]
         return pa.array(true, pa.string())
 
     def _note(
@@ -268,10 +270,9 @@ class _Seen:
         found = statistic(np.arange(len(scores)))
         answered = np.array([bool(true) for _, true in pairs])
         if not answered.all():
-            found |= {
-                "has_answer_f1": float(scores[answered, 1].mean()),
-                "no_answer_f1": float(scores[~answered, 1].mean()),
-            }
+            found["no_answer_f1"] = float(scores[~answered, 1].mean())
+            if answered.any():
+                found["has_answer_f1"] = float(scores[answered, 1].mean())
         return Evaluation(dict(found), metrics.bootstrap(statistic, len(scores)), {})
 
 

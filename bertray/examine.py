@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from bertray import answers, doubts
+from bertray import answers, doubts, labels
 from bertray.bundle import Bundle
 from bertray.heads import probabilities
 from bertray.search import Choice
@@ -41,8 +41,8 @@ def details(
     rows = {name: _rows(splits[name].store, bundle) for name in ("train", "test") if name in splits}
     train = rows["train"]
     if bundle.form == "name":
-        names = [bundle.labels[classes[label]] for label in train["label"].to_pylist()]
-        found["conflicts"] = doubts.conflicts(train["text"].to_pylist(), names)[:_SHOWN] if not bundle.pairs else []
+        texts, names = train["text"].to_pylist(), _names(train, bundle, classes)
+        found["conflicts"] = doubts.conflicts(texts, names)[:_SHOWN] if not bundle.pairs else []
         found["doubts"] = _doubts(splits["dev" if "dev" in splits else "train"].store, bundle, choice, classes)
     if "test" in rows and not bundle.pairs:
         found["overlap"] = _overlap(train, rows["test"], bundle, classes)
@@ -66,12 +66,22 @@ def _rows(store: Store, bundle: Bundle) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def _name(label: str, bundle: Bundle, classes: Mapping[str, int]) -> str:
-    return bundle.labels[classes[label]] if bundle.form == "name" else label[:_TEXT]
+def _name(label: str, text: str, bundle: Bundle, classes: Mapping[str, int]) -> str:
+    """A kept label as people read it."""
+    if bundle.form == "name":
+        return bundle.labels[classes[label]]
+    if bundle.form in ("names", "tokens"):
+        label = labels.named(label, bundle.labels, classes)
+    return answers.shown(bundle.form, label, text)[:_TEXT]
+
+
+def _names(rows: pa.Table, bundle: Bundle, classes: Mapping[str, int]) -> list[str]:
+    pairs = zip(rows["label"].to_pylist(), rows["text"].to_pylist(), strict=True)
+    return [_name(label, text, bundle, classes) for label, text in pairs]
 
 
 def _shown(row: Mapping[str, Any], bundle: Bundle, classes: Mapping[str, int]) -> dict[str, Any]:
-    return {"id": row["id"], "text": row["text"][:_TEXT], "label": _name(row["label"], bundle, classes)}
+    return {"id": row["id"], "text": row["text"][:_TEXT], "label": _name(row["label"], row["text"], bundle, classes)}
 
 
 def _doubts(store: Store, bundle: Bundle, choice: Choice, classes: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -101,7 +111,7 @@ def _picked(store: Store, numbers: Sequence[int]) -> Iterator[tuple[int, dict[st
 
 
 def _overlap(train: pa.Table, test: pa.Table, bundle: Bundle, classes: Mapping[str, int]) -> dict[str, Any]:
-    old, new = ([_name(label, bundle, classes) for label in table["label"].to_pylist()] for table in (train, test))
+    old, new = (_names(table, bundle, classes) for table in (train, test))
     found = doubts.overlap(train["text"].to_pylist(), test["text"].to_pylist(), old, new, examples=_SHOWN)
     return {"rows": found.rows, "differing": found.differing, "examples": found.examples}
 

@@ -69,6 +69,25 @@ def to_classes(labels: Sequence[str], classes: Mapping[str, int]) -> NDArray[np.
     return np.fromiter((classes[label] for label in labels), np.int64, len(labels))
 
 
+def named(label: str, names: Sequence[str], classes: Mapping[str, int]) -> str:
+    """A kept label of names or tags by their names, where they may be numbers."""
+    return json.dumps([names[classes[part]] for part in json.loads(label)], ensure_ascii=False)
+
+
+def check_tags(names: Iterable[str]) -> None:
+    """Check that names are tags of words: O, or B-, I-, E- or S- and a type.
+
+    Raises:
+        SourceError: naming the first that is none.
+    """
+    for name in names:
+        if name.partition("-")[0] not in ("O", "B", "I", "E", "S"):
+            raise SourceError(
+                f"Label {name!r} is no tag of a word: these are O, or B-, I-, E- or S- and a type. Where the rows have "
+                "numbers, give the tags in the order of their numbers in data.labels."
+            )
+
+
 def targets(
     form: str, labels: Sequence[str], classes: Mapping[str, int], outputs: int, edges: Ints | None, spans: Ints | None
 ) -> NDArray[Any]:

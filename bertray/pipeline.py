@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import threading
 import time
 import zipfile
@@ -299,7 +300,10 @@ class _Run:
             features=list(bundle.features),
             head={**bundle.head_spec, "temperature": bundle.temperature, "threshold": bundle.threshold},
             metrics=metrics,
-            intervals={name: evaluation.intervals for name, evaluation in evaluations.items()},
+            intervals={
+                split: {name: list(found) for name, found in evaluation.intervals.items() if math.isfinite(sum(found))}
+                for split, evaluation in evaluations.items()
+            },
             examples=self._examples(bundle),
         )
         self._timed("report", lambda: self._report(summary, evaluations, bundle, classes))
@@ -325,11 +329,15 @@ class _Run:
         if self.spec.form in ("number", "answers"):  # there are none
             return ((self.spec.data.label,) if self.spec.form == "number" else ("start", "end")), {}
         names = self.label_names or labels.find_names(self.manifests["train"].labels)
+        if not names:
+            raise SourceError("None of the training rows has a label. Give rows with some.")
         if len(names) < 2 and self.spec.form != "names":
             raise SourceError(
                 f"The training rows have one label only ({', '.join(names)}): there is nothing to tell "
                 "apart. Give rows with at least two."
             )
+        if self.spec.form == "tokens":
+            labels.check_tags(names)
         seen = [label for name in _JUDGED if name in self.manifests for label in self.manifests[name].labels]
         return names, labels.index(seen, names)
 

@@ -262,8 +262,9 @@ class Store:
             ) from None
 
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """The shards in the order of the rows, as tables of those columns."""
-        for receipt in self.complete().units:
+        """The shards in the order of the rows, as tables of those columns; none without a row, which does not know how
+        wide vectors are."""
+        for receipt in (receipt for receipt in self.complete().units if receipt.rows):
             shard = self.shard(receipt.unit)
 
             def read(shard: Location = shard) -> pa.Table:

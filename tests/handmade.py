@@ -1,4 +1,4 @@
-"""Stores made by hand, for tests of what reads them."""
+"""Stores and bundles made by hand, for tests of what reads them."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 
+from bertray.bundle import Bundle
+from bertray.heads import LinearHead
 from bertray.store import Manifest, Receipt, Store
 from bertray.vectors import with_vectors
 
@@ -50,3 +52,21 @@ def words_of(counts, width, seed=0, dtype=np.float32):
     vectors = ragged([rng.normal(size=(count, width)).astype(dtype) for count in counts])
     spans = ragged([np.stack([np.arange(n) * 2, np.arange(n) * 2 + 1], 1).astype(np.int64) for n in counts])
     return vectors, spans
+
+
+def bundle(task="text-classification", problem="single_label", labels=("a", "b", "c"), **fields):
+    """A bundle with a head of zeros, where no other is given."""
+    pair = fields.pop("pair", "")
+    made = {
+        "features": ("mean_6",),
+        "encoder": {"pair": "cross"},
+        "columns": {"text_pair": pair},
+        "head_spec": {},
+        "losses": (),
+        "seconds": 0.0,
+        "fingerprint": "",
+        "versions": {},
+        "head": LinearHead(np.zeros((len(labels), 4), np.float32), np.zeros(len(labels), np.float32)),
+        "metrics": {},
+    }
+    return Bundle(task, problem, tuple(labels), **made | fields)

@@ -20,6 +20,9 @@ SPANS = np.array([[0, 3], [4, 8], [9, 11], [12, 15], [16, 20]])
         ("names", "a|b", ["a", "b"]),
         ("names", '["a, b"]', ["a, b"]),
         ("names", "", []),
+        ("names", "5", ["5"]),
+        ("names", "5|1", ["1", "5"]),
+        ("names", "true", ["true"]),
         ("tokens", [{"start": 12, "end": 20, "label": "city"}, {"start": 0, "end": 3, "type": "who"}],
          [[0, 3, "who"], [12, 20, "city"]]),
         ("tokens", "[]", []),
@@ -43,6 +46,7 @@ def test_tags_of_words():
     assert json.loads(label_of("tokens", ["B-who", "O"], "Ann flew", lengths)) == ["B-who", "O"]
     assert json.loads(label_of("tokens", [1, 0], "Ann flew", lengths)) == ["1", "0"]
     assert json.loads(label_of("tokens", "B-who O", "Ann flew", lengths)) == ["B-who", "O"]
+    assert json.loads(label_of("tokens", "0", "Ann", [3])) == ["0"]
     with pytest.raises(Wrong, match="has 1 tags for 2 words"):
         label_of("tokens", ["O"], "Ann flew", lengths)
 
@@ -51,6 +55,9 @@ def test_tags_of_words():
     ("form", "cell", "what"),
     [
         ("names", 5, "is no list of labels"),
+        ("names", [False], "is no list of labels"),
+        ("names", '{"a": 1}', "is no list of labels"),
+        ("answers", "[" * 5000, "is no list of objects"),
         ("names", [["a"]], "is no list of labels"),
         ("names", [None], "is no list of labels"),
         ("number", "four", "is no number"),

@@ -115,7 +115,7 @@ def test_odd_rows_are_counted_and_nothing_is_lost(tiny, tmp_path, ray_cluster, r
     assert "test" not in summary["metrics"]
     report = (tmp_path / "run" / "report.html").read_text()
     assert "There were no test rows" in report
-    assert "1 because text is null" in report
+    assert "1 because <bdi>text is null</bdi>" in report
 
 
 def test_long_texts_in_windows_are_counted(tiny, tmp_path, ray_cluster, rows_file):
