@@ -141,7 +141,8 @@ class _Run:
             return
         for split in open_splits:
             self._check_changed(split)
-        self._tell_size(open_splits)
+        if part_of(self.spec.form) != "text":  # those are large
+            self._tell_size(open_splits)
         self._imports.wait()
         later = ("torch", "ray.train.torch", "matplotlib.figure", "matplotlib.backends.backend_svg")
         self._imports = _Imports("ray.data", *(later if fits else ()))
