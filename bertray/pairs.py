@@ -5,7 +5,7 @@ distinct texts. Knows nothing of how texts are encoded.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,15 +13,18 @@ import numpy as np
 import pyarrow as pa
 
 from bertray import labels
-from bertray.annotations import names_in
+from bertray.annotations import Ints, names_in
 from bertray.checkpoints import Checkpoint
+from bertray.errors import SourceError
 from bertray.features import related
-from bertray.sources import Columns, Reader, Unit, stage, units
+from bertray.sources import PREVIEW, Columns, Reader, Unit, stage, units
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import Source, fingerprint
 from bertray.splits import Rejects, Split, made_by, plan_of
 from bertray.storage import Location
 from bertray.store import Manifest, Receipt, Store
+
+_REJECTS = pa.schema([(name, pa.string()) for name in ("id", "reason", "preview")])
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,74 @@ def apart(
     return Pairs(numbered, _texts(place, spec, checkpoint, folder), manifests)
 
 
+def settled(pairs: Pairs, texts: Manifest, max_rejects: float = 1.0) -> Pairs:
+    """The pairs once their texts are encoded: those with a text that could not be are set aside, and the others count
+    the rows of the texts that are left.
+
+    Args:
+        texts: of the store of the texts, which is complete.
+    """
+    failed: dict[int, str] = {}
+    begun = 0
+    for unit, receipt in zip(pairs.texts.units, texts.units, strict=True):
+        for reject in pairs.texts.store.rejects(receipt.unit) if receipt.rejected else ():
+            failed[begun + int(reject["id"].rpartition(":")[2]) - unit.start] = reject["reason"]
+        begun += unit.rows
+    if not failed:
+        return pairs
+    kept = np.setdiff1d(np.arange(begun), list(failed))
+    splits, manifests = [], {}
+    for split in pairs.splits:
+        made = {**split.made_by, "without": fingerprint(sorted(failed))}
+        folder = split.store.location.url.rpartition("/")[0]
+        other = replace(split, store=Store(f"{folder}/{split.name}-{fingerprint(made)}"), made_by=made)
+        manifest = other.store.manifest()
+        if not manifest:
+            manifest = _without(split, other, pairs.manifests[split.name], failed, kept, max_rejects)
+        splits.append(other)
+        manifests[split.name] = manifest
+    return replace(pairs, splits=splits, manifests=manifests)
+
+
+def _without(
+    split: Split, other: Split, manifest: Manifest, failed: Mapping[int, str], kept: Ints, max_rejects: float
+) -> Manifest:
+    """Write a split's pairs without those that failed into another store."""
+    rejects, receipts = Rejects(other, max_rejects), []
+    for receipt in manifest.units:
+        rows = split.store.check(receipt)
+        first, second = (rows[name].to_pylist() for name in ("first", "second"))
+        wrong = {
+            row: failed.get(u) or failed[v]
+            for row, (u, v) in enumerate(zip(first, second, strict=True))
+            if u in failed or v in failed
+        }
+        aside = rows.take(pa.array(list(wrong), pa.int64()))
+        more = [
+            {"id": row["id"], "reason": reason, "preview": row["text"][:PREVIEW]}
+            for row, reason in zip(aside.select(["id", "text"]).to_pylist(), wrong.values(), strict=True)
+        ]
+        before = split.store.rejects(receipt.unit)
+        rows = rows.take(np.setdiff1d(np.arange(rows.num_rows), list(wrong)).astype(np.int64))
+        for name in ("first", "second"):
+            places = pa.array(np.searchsorted(kept, rows[name].to_numpy()), pa.int64())
+            rows = rows.set_column(rows.column_names.index(name), name, places)
+        receipts.append(_written(other, receipt.unit, rows, pa.Table.from_pylist([*before, *more], _REJECTS)))
+        rejects.add(receipts[-1])
+    found = Manifest(fingerprint(other.made_by), other.made_by, tuple(receipts))
+    _check_any(other, found)
+    other.store.finish(found)
+    return found
+
+
+def _check_any(split: Split, manifest: Manifest) -> None:
+    if not manifest.total("rows"):
+        raise SourceError(
+            f"{split.name}: none of the {manifest.total('rejected')} rows can be used. "
+            f"See why in {split.store.location / 'rejects'}."
+        )
+
+
 def _numbered(split: Split, keys: str, folder: Location) -> Split:
     """A split of pairs with a store of its own: its numbers hold for these splits only."""
     made = {"texts": keys, "columns": asdict(split.columns), "source": split.made_by["source"], "features": []}
@@ -86,7 +157,9 @@ def _write(split: Split, numbers: dict[str, int], label_names: tuple[str, ...], 
     for unit in split.units:
         receipts.append(_write_unit(split, unit, reader, numbers, label_names))
         rejects.add(receipts[-1])
-    return Manifest(fingerprint(split.made_by), split.made_by, tuple(receipts))
+    found = Manifest(fingerprint(split.made_by), split.made_by, tuple(receipts))
+    _check_any(split, found)
+    return found
 
 
 def _write_unit(
@@ -97,12 +170,15 @@ def _write_unit(
     for role, name in (("text", "first"), ("text_pair", "second")):
         found = [numbers.setdefault(text, len(numbers)) for text in rows[role].to_pylist()]
         rows = rows.append_column(name, pa.array(found, pa.int64()))
-    counts = _counts(rows, split.columns)
     if label_names and split.columns.label:
-        labels.check(counts, label_names, unit.url)
+        labels.check(_counts(rows, split.columns), label_names, unit.url)
+    return _written(split, unit.key, rows, batch.rejects)
+
+
+def _written(split: Split, unit: str, rows: pa.Table, rejects: pa.Table) -> Receipt:
     empty = int(np.sum([not text.strip() for text in rows["text"].to_pylist()]))
-    receipt = Receipt(unit.key, rows.num_rows, batch.rejects.num_rows, empty, 0, 0, 0.0, counts)
-    return split.store.write_shard(receipt, rows, batch.rejects)
+    receipt = Receipt(unit, rows.num_rows, rejects.num_rows, empty, 0, 0, 0.0, _counts(rows, split.columns))
+    return split.store.write_shard(receipt, rows, rejects)
 
 
 def _counts(rows: pa.Table, columns: Columns) -> dict[str, int]:

@@ -117,6 +117,7 @@ class _Run:
         """Complete the stores; `fits` tells whether a head will be fitted afterwards. Until the first encoder process
         is ready, the time is that of the step `start`."""
         started = time.perf_counter()
+        found = None
         if self._siamese:
             found = pairs.apart(
                 self.splits,
@@ -138,6 +139,7 @@ class _Run:
         if not open_splits:
             log.info("embedding: done already")
             self.seconds["embed"] = 0.0
+            self._settle(found)
             return
         for split in open_splits:
             self._check_changed(split)
@@ -164,8 +166,16 @@ class _Run:
             max_rejects=self.spec.data.max_rejects,
             run=self.run,
         )
+        self._settle(found)
         start = self.seconds.get("start", 0.0)
         self.seconds["embed"] = round(time.perf_counter() - started - start, 3)
+
+    def _settle(self, found: pairs.Pairs | None) -> None:
+        """Set pairs aside whose texts could not be encoded by themselves."""
+        if found:
+            found = pairs.settled(found, self.manifests["texts"], self.spec.data.max_rejects)
+            self.splits = [*found.splits, found.texts]
+            self.manifests |= found.manifests
 
     def _tell_size(self, splits: Sequence[Split]) -> None:
         each = sum(bytes_of(split, self.spec.encoder, self.checkpoint) for split in splits)

@@ -279,7 +279,7 @@ class _Reading:
             kept = np.arange(len(vectors))
             if wanted.form == "answers" and edges is not None and spans is not None:
                 # The first is the question's; its tokens are related to it, but for those that were cut off.
-                first, seen = edges[:-1], vectors.any((1, 2))
+                first, seen = edges[:-1], np.asarray(vectors.any((1, 2)))
                 seen[first], seen[first + 1] = False, True
                 vectors, kept = with_surroundings(vectors, edges), np.flatnonzero(seen)
                 begun = sum(map(len, self.asked or self.questions))
