@@ -105,7 +105,8 @@ def held_out(samples: Samples, heads: Sequence[LinearHead], trials: Sequence[Tri
         for rows in torch.nonzero(samples.folds == fold).flatten().split(_ROWS):
             x = samples.take(rows, torch.float32)
             logits = torch.addmm(bias.view(-1), x, weight.view(-1, samples.width).T)
-            found[:, rows.cpu().numpy()] = logits.view(len(rows), settings, samples.outputs).transpose(0, 1).cpu().numpy()
+            each = logits.view(len(rows), settings, samples.outputs).transpose(0, 1)
+            found[:, rows.cpu().numpy()] = each.cpu().numpy()
     return found
 
 

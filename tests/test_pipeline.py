@@ -22,10 +22,10 @@ def test_the_demo_is_good_and_leaves_what_it_should(demo):
     assert {row["text"]: row["label"] for row in demo["examples"]} == SIX
     assert json.loads((folder / "metrics.json").read_text()) == demo
     for split in demo["metrics"].values():
-        assert set(split) == {"accuracy", "macro_f1", "loss", "rows"}
+        assert set(split) == {"accuracy", "macro_f1", "micro_f1", "auroc", "ece", "loss", "rows"}
     assert set(demo["seconds"]) == {"prepare", "start", "embed", "fit", "evaluate", "report", "total"}
     assert {path.name for path in folder.iterdir()} == {
-        "metrics.json", "report.html", "head", "stores", "predictions", "rows",
+        "metrics.json", "report.html", "left_out.npz", "head", "stores", "predictions", "rows",
     }  # fmt: skip
 
 
