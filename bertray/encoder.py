@@ -263,7 +263,7 @@ class Encoder:
 
         def finish() -> None:
             vectors = result()
-            vectors = vectors.reshape(len(vectors), -1)
+            vectors = vectors.reshape(len(vectors), self.width)
             with np.errstate(over="ignore", invalid="ignore"):
                 if tokens.words is not None:
                     _to_words(vectors, taken, tokens.words, out)

@@ -110,7 +110,8 @@ class Texts:
             self.pairs and [self.pairs[i] for i in chosen],
             self.words and [self.words[i] for i in chosen],
         )
-        vectors = [words.reshape(len(words), len(self.encoder.features), -1) for words in encoded.vectors]
+        count = len(self.encoder.features)
+        vectors = [words.reshape(len(words), count, words.shape[1] // count) for words in encoded.vectors]
         flat: NDArray[Any] = np.concatenate(vectors)
         if self.encoder.tokenizer.part == "token":
             flat = with_surroundings(flat, np.cumsum([0, *map(len, vectors)]))
