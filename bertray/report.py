@@ -191,15 +191,22 @@ def _made_of(summary: Facts, details: Facts) -> str:
     rows = summary.get("rows", {}).get("train", {}).get("rows")
     labels = len(details.get("labels") or ())
     fitted = (f" by {head['optimizer']}" if head.get("optimizer") else "") + (f" on {rows:,} rows" if rows else "")
-    settings = ", ".join(_setting(name, value) for name, value in head.items() if _told(name, value))
+    unused = _OF_STEPS if head.get("optimizer") == "lbfgs" else ()
+    told = {name: value for name, value in head.items() if _told(name, value) and name not in unused}
+    settings = ", ".join(_setting(name, value) for name, value in told.items())
     return (
         f"{encoder.get('model', 'The encoder')}{where}, {states}; a linear head"
         f"{f' over {labels:,} labels' if labels else ''} fitted{fitted}{f': {settings}' if settings else ''}."
     )
 
 
+_OF_STEPS = ("lr", "batch_size", "epochs", "early_stopping")  # settings that L-BFGS does not know
+
+
 def _told(name: str, value: Any) -> bool:
-    return name != "optimizer" and value is not None and value is not False and value != "" and not _nested(value)
+    """Whether a setting does something: most do nothing at 0 or none."""
+    idle = value in (None, False, "", "none") or (value == 0 and name != "l2")
+    return name not in ("optimizer", "seed") and not _nested(value) and not idle
 
 
 def _nested(value: Any) -> bool:
