@@ -88,7 +88,7 @@ def in_words(tokens):
             stops.append(min(place + length, stop))
             place += max(1, length)
         edges.append(len(starts))
-    return replace(tokens, segments=Segments(*map(np.array, (starts, stops, edges))))
+    return replace(tokens, segments=Segments(*map(np.array, (starts, stops, edges, range(len(starts))))))
 
 
 MEAN = features("mean", "last", 2)
