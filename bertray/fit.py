@@ -61,6 +61,7 @@ def fit(wanted: Wanted, spec: Head, layers: int, sizes: RaySizes | None = None) 
         "head": spec,
         "memory": sizes.fit_memory,
         "device": sizes.device,
+        "pause": _CHECKPOINT_SECONDS,
     }
     # How often L-BFGS evaluates the objective is not known beforehand.
     steps, unit = (0, "evaluations") if spec.optimizer == "lbfgs" else (spec.epochs, "epochs")
@@ -136,7 +137,7 @@ def _train_worker(config: dict[str, Any]) -> Fitted:
 
     first = ray.train.get_context().get_world_rank() == 0
     tell = (lambda step, loss: config["board"].put.remote(step, loss)) if first else lambda *_: None
-    return train(config, tell, _Checkpoints())
+    return train(config, tell, _Checkpoints(config["pause"]))
 
 
 def train(config: dict[str, Any], tell: Tell, checkpoints: "_Checkpoints | None" = None) -> Fitted:
@@ -168,8 +169,9 @@ def train(config: dict[str, Any], tell: Tell, checkpoints: "_Checkpoints | None"
 class _Checkpoints:
     """What a worker that is begun again goes on from: kept now and then, since each report to Ray Train takes time."""
 
-    def __init__(self) -> None:
-        self._last = time.monotonic()
+    def __init__(self, pause: float) -> None:
+        """Seconds between two."""
+        self._last, self._pause = time.monotonic(), pause
 
     def load(self) -> dict[str, Any]:
         import ray.train
@@ -188,7 +190,7 @@ class _Checkpoints:
         import ray.train
         import torch
 
-        if not share.gather(time.monotonic() - self._last > _CHECKPOINT_SECONDS)[0]:
+        if not share.gather(time.monotonic() - self._last > self._pause)[0]:
             return
         self._last = time.monotonic()
         if share.rank:

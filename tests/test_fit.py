@@ -1,18 +1,25 @@
 """Fitting against scikit-learn, and on one worker against several."""
 
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from chaos import descendants
 from conftest import with_vectors
 from sklearn.linear_model import LogisticRegression
 
 from bertray import fit as fitting
 from bertray.encoder import Encoder
 from bertray.errors import ClusterError
+from bertray.progress import Progress
 from bertray.samples import Wanted
 from bertray.spec import Encoder as EncoderSpec
-from bertray.spec import Head, RaySizes
+from bertray.spec import Head, RaySizes, Search
 from bertray.store import Manifest, Receipt, Store
 
 CLASSES = {"negative": 0, "neutral": 1, "positive": 2}
@@ -155,3 +162,54 @@ def test_the_steps_are_those_of_torch(store):
     fitted = fit(store, spec).head
     np.testing.assert_allclose(fitted.weight, mean.module.weight.detach().numpy(), atol=2e-6)
     np.testing.assert_allclose(fitted.bias, mean.module.bias.detach().numpy(), atol=2e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
+def test_two_workers_choose_what_one_chooses(store, ray_cluster, optimizer):
+    spec = Head(optimizer=optimizer, epochs=2, folds=3, search=Search(l2=(0.1, 0.001)))
+    alone, together = fit(store, spec), fit(store, spec, RaySizes(fit_workers=2))
+    assert together.choice.setting == alone.choice.setting
+    assert [point["score"] for point in together.choice.curve] == pytest.approx(
+        [point["score"] for point in alone.choice.curve], abs=2 / 720
+    )
+    np.testing.assert_array_equal(together.choice.targets, alone.choice.targets)
+    np.testing.assert_allclose(together.choice.logits, alone.choice.logits, atol=0.01)
+    assert together.choice.temperature == pytest.approx(alone.choice.temperature, rel=1e-2)
+    np.testing.assert_allclose(together.head.weight, alone.head.weight, atol=0.02 * np.abs(alone.head.weight).max())
+
+
+def train_worker():
+    """The id of one of Ray Train's processes that this one has begun."""
+    for pid in descendants(os.getpid()):
+        with suppress(OSError):
+            if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return pid
+    raise AssertionError("no process of Ray Train's is there")
+
+
+@pytest.mark.timeout(400)
+def test_a_fit_whose_worker_is_killed_goes_on_from_the_last_checkpoint(store, ray_cluster, monkeypatch):
+    """A real process ends at a random moment: the head is the one that it would have been."""
+    spec = Head(epochs=250, batch_size=64, folds=2, search=Search(l2=(0.01, 0.1)))
+    wanted = Wanted((store,), "name", CLASSES, 3, spec.folds)
+    monkeypatch.setattr(fitting, "_CHECKPOINT_SECONDS", 0.3)
+    steps, killed = [], []
+
+    class Watching(Progress):
+        def add(self, *given):
+            steps.append(given[1])
+            if len(steps) > 80 and not killed:
+                os.kill(train_worker(), signal.SIGKILL)
+                killed.append(len(steps))
+
+    monkeypatch.setattr(fitting, "Progress", Watching)
+    fitted = fitting.fit(wanted, spec, 6, RaySizes(fit_workers=2))
+    monkeypatch.undo()
+    assert killed
+    again = len(steps) - spec.epochs  # epochs that were done twice, since they were behind the last checkpoint
+    assert again < killed[0] - 10
+    undisturbed = fitting.fit(wanted, spec, 6)
+    assert len(fitted.losses) == spec.epochs
+    np.testing.assert_allclose(fitted.losses, undisturbed.losses, atol=1e-4)
+    np.testing.assert_allclose(fitted.head.weight, undisturbed.head.weight, atol=2e-3)
+    assert fitted.choice.setting == undisturbed.choice.setting
