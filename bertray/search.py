@@ -165,7 +165,11 @@ def _left_out(
     spec = spec.model_copy(update={"combine": combine})
     dtype = torch.float32 if spec.optimizer == "lbfgs" else None
     heads = solve(samples, trials, spec, share, lambda loss: None, dtype=dtype)
-    return held_out(samples, heads, trials)
+    mine = set(samples.folds.unique().tolist())  # few texts may leave a fold without a row of this worker's, or of all
+    own = [number for number, trial in enumerate(trials) if trial.fold in mine]
+    if not own:
+        return np.full((len(same), len(samples.folds), samples.outputs), np.nan, np.float32)
+    return held_out(samples, [heads[number] for number in own], [trials[number] for number in own])
 
 
 def _score(

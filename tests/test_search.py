@@ -307,3 +307,14 @@ def test_a_choice_comes_back_from_a_file(full):
         np.testing.assert_array_equal(getattr(found, name), getattr(choice, name))
     with pytest.raises((ValueError, KeyError, OSError)):
         from_bytes(b"junk")
+
+
+@pytest.mark.parametrize("texts", [1, 2, 9])
+def test_folds_that_few_texts_leave_empty(tmp_path, texts):
+    rng = np.random.default_rng(0)
+    rows = {"text": [f"t{i % texts}" for i in range(30)], "label": [list(NAMES)[i % 3] for i in range(30)]}
+    store = store_of(tmp_path, rows, rng.normal(size=(30, 4)).astype(np.float32))
+    choice, head, folds = chosen(Wanted((store,), "name", NAMES, 3, folds=8), Head(optimizer="lbfgs", l2=0.1))
+    assert len(set(folds.tolist())) <= texts
+    assert choice.logits.shape == (30, 3)
+    assert np.isfinite(choice.logits).all() and np.isfinite(head.weight).all()
