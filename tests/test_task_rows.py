@@ -77,7 +77,7 @@ def test_texts_without_a_word_have_no_tags_wherever_they_stand(run):
 
 def test_a_unit_of_which_no_row_can_be_used(run):
     bad = [{"text": ["a"], "label": ["O", "O"]}] * 5
-    rows = [*bad, *tagged(20), *bad]
+    rows = [*tagged(5), *bad, *tagged(15), *bad]
     summary = run(rows, rows, data={"unit_rows": 5}, encoder={"precision": "fp32"}, **TOKENS)
     assert summary["rows"]["train"]["reasons"] == {"label has 2 tags for 1 words": 10}
     assert summary["metrics"]["test"]["rows"] == 20
@@ -95,7 +95,7 @@ def test_a_context_changes_the_tags(run):
     summary = run(rows, data={"text_pair": "context"}, encoder=encoder, **TOKENS)
     predictor = bertray.load(summary["bundle"])
     answers = predictor.predict([["it", "was", "late"]] * 2, list(contexts)).labels
-    assert [[entity["label"] for entity in row] for row in answers] == [["shop"], ["king"]]
+    assert [row[0]["label"] for row in answers] == ["shop", "king"]
     with pytest.raises(BertrayError, match="takes pairs of texts"):
         predictor.predict([["it", "was", "late"]])
 
@@ -111,7 +111,6 @@ def test_questions_whose_answers_are_not_in_their_contexts_are_set_aside(run):
         {"q": None, "c": "it is Bo", "label": []},
         {"q": "who", "c": "it is Bo", "label": "Bo"},
         {"q": "who", "c": "it is Bo"},
-        {"q": "who", "c": 5, "label": []},
     ]
     encoder = {"pooling": "mean"}
     data = {"text": "q", "text_pair": "c"}
@@ -123,7 +122,6 @@ def test_questions_whose_answers_are_not_in_their_contexts_are_set_aside(run):
         "text is null": 1,
         "label is no list of objects with text and answer_start": 1,
         "label is null": 1,
-        "text_pair is a number": 1,
     }
     predictor = bertray.load(summary["bundle"])
     assert predictor.predict([], []).labels == []
