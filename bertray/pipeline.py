@@ -237,6 +237,7 @@ class _Run:
             spec.class_weight == "balanced",
             self._store("texts") if self._siamese else None,
             self._again(self.manifests["train"].features),
+            names,
         )
 
     def _again(self, features: Sequence[str]) -> Again | None:

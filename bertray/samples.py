@@ -70,6 +70,7 @@ class Wanted:
     balanced: whether rows of rare classes count more.
     pairs: the store of the distinct texts of pairs, where each is encoded by itself.
     again: what encodes the vectors again each time, where they are not stored.
+    names: of the outputs, where labels are tags: `classes` may know them by numbers, or only those that occur.
     """
 
     stores: tuple[Store, ...]
@@ -81,6 +82,7 @@ class Wanted:
     balanced: bool = False
     pairs: Store | None = None
     again: Again | None = None
+    names: tuple[str, ...] = ()
 
     @property
     def features(self) -> list[str]:

@@ -4,7 +4,7 @@ features together. Knows nothing of files or of Ray."""
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby, pairwise, product
 from typing import Any
@@ -179,7 +179,7 @@ def _score(
     its 95 % interval, 0 where that is not known."""
     left = (samples.folds < folds).cpu().numpy()
     targets = samples.targets.cpu().numpy()
-    parts = share.gather(_counted(wanted.form, logits, targets, left, samples, wanted.classes))
+    parts = share.gather(_counted(wanted.form, logits, targets, left, samples, wanted.names))
     if wanted.form == "tokens":
         return float(metrics.entity_scores(metrics.sum_counts(parts))["micro"]["f1"]), 0.0
     summed = np.sum(parts, 0)
@@ -201,11 +201,10 @@ def _counted(
     targets: NDArray[Any],
     left: NDArray[np.bool_],
     samples: Samples,
-    classes: Mapping[str, int],
+    names: Sequence[str],
 ) -> Any:
     """What a worker's rows add to a score."""
     if form == "tokens":
-        names = [name for name, _ in sorted(classes.items(), key=lambda item: item[1])]
         return _entities(logits.argmax(1), targets, left, samples, names)
     if form == "answers":
         return _likelihood(logits, targets, left, samples)

@@ -208,7 +208,7 @@ def test_words_are_chosen_by_entities_also_where_texts_have_none(tmp_path):
     tags = [["B-x" if word[0] > 0.3 else "O" for word in own] for own in vectors]
     table = {"text": [f"t{i}" for i in range(60)], "label": [json.dumps(own) for own in tags]}
     store = store_of(tmp_path, table, vectors, ("first_6",), spans)
-    wanted = Wanted((store,), "tokens", {"B-x": 0, "O": 1}, 2, folds=3)
+    wanted = Wanted((store,), "tokens", {"B-x": 0, "O": 1}, 2, folds=3, names=("B-x", "O"))
     choice, *_ = chosen(wanted, Head(optimizer="lbfgs", search=Search(l2=(1e-4, 10.0))))
     assert choice.sizes == tuple(counts)
     assert choice.setting.l2 == 1e-4
