@@ -176,10 +176,11 @@ class _Seen:
             "answers": self._answers,
         }[self.bundle.form]()
         loss = float(np.concatenate(self.losses).mean()) if self.losses else 0.0
-        figures = {**found.metrics, "loss": loss, "rows": float(self.rows)}
+        figures = {**found.metrics, "loss": loss}
         defined = {
             name: float(value) if math.isfinite(value) else None for name, value in figures.items() if value is not None
         }
+        defined["rows"] = self.rows
         return Evaluation(defined, found.intervals, {**found.details, "worst": self.worst})
 
     def _classes(self) -> Evaluation:

@@ -273,7 +273,8 @@ class _Counting:
         distinct = sorted(set(folds))
         place, weights = samples.device, samples.weights.to(dtype)
         theirs = samples.folds == torch.tensor([fold if fold >= 0 else -2 for fold in distinct], device=place)[:, None]
-        self.weights = torch.where(theirs == left_out, weights, 0)
+        # Rows to choose by weigh nothing in a fit; where they are judged, each counts.
+        self.weights = torch.where(theirs == left_out, torch.ones_like(weights) if left_out else weights, 0)
         self.which = torch.tensor([distinct.index(fold) for fold in folds], device=place)
 
     def of(self, rows: "torch.Tensor | slice", which: "torch.Tensor | None" = None) -> "torch.Tensor":
