@@ -1,7 +1,7 @@
 """Answers: a head's logits to labels, numbers, entities or spans of text. Knows nothing of files or of encoders."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from bertray import metrics
-from bertray.annotations import Ints
+from bertray.annotations import Ints, answers_of
 from bertray.bundle import Bundle
 from bertray.features import related, with_surroundings
 from bertray.heads import Floats, probabilities
@@ -125,6 +125,18 @@ def _spans(bundle: Bundle, given: Floats, contexts: Sequence[str], edges: Ints, 
         found.append({"predicted": context[slice(*places)], "start": places[0], "stop": places[1], "score": score})
     kinds = {"predicted": pa.string(), "start": pa.int32(), "stop": pa.int32(), "score": pa.float32()}
     return {name: pa.array([row[name] for row in found], kind) for name, kind in kinds.items()}
+
+
+def is_right(form: str, row: Mapping[str, Any]) -> bool:
+    """Whether a row of the predictions that `evaluate` writes is answered rightly: with its label, all its labels or
+    tags, or one of its answers."""
+    if form == "tokens":
+        return bool(json.loads(row["label"]) == row["tags"])
+    if form == "answers":
+        return bool(metrics.exact_match(row["predicted"], [text for _, text in answers_of(row["label"])]))
+    if form == "names":
+        return sorted(row["label"]) == sorted(row["predicted"])
+    return bool(row["label"] == row["predicted"])
 
 
 def losses(bundle: Bundle, given: Floats, targets: NDArray[Any], edges: Ints | None) -> NDArray[np.float64]:

@@ -1,6 +1,5 @@
 """What a run's folder holds: how far it is, and whether every shard is whole. Repairs by encoding again what is not."""
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +16,10 @@ from bertray.errors import BertrayError, StoreError
 from bertray.lease import held, holder
 from bertray.progress import Progress
 from bertray.sources import Columns, Unit, looked_at_again
-from bertray.spec import Encoder as EncoderSpec
-from bertray.spec import RaySizes
+from bertray.spec import RaySizes, encoder_of
 from bertray.splits import Split, planned
 from bertray.storage import Location
 from bertray.store import Manifest, Receipt, Store
-from bertray.vectors import with_vectors, with_words
 
 _RECENT = 600.0  # seconds before the last shard that tell the speed
 _THREADS = 4
@@ -226,7 +223,7 @@ def _repair(broken: Sequence[tuple[_Planned, Mapping[str, str]]], run: str) -> N
 
 def _encode_again(each: _Planned, run: str) -> Manifest:
     plan = each.plan
-    encoder = EncoderSpec.model_validate_json(json.dumps(plan["encoder"]))
+    encoder = encoder_of(plan["encoder"])
     checkpoint = checkpoints.find(encoder.model, encoder.revision)
     if checkpoint.identity != plan["identity"]:
         raise BertrayError(
@@ -234,9 +231,7 @@ def _encode_again(each: _Planned, run: str) -> Manifest:
             "run the spec again."
         )
     split = Split(plan["split"], looked_at_again(each.units), Columns(**plan["columns"]), each.store, plan["made_by"])
-    finish = with_words if encoder.states == "encode" else with_vectors
-    found = embed([split], encoder, checkpoint, RaySizes(), tuple(plan["labels"]), finish=finish, run=run)
-    return found[split.name]
+    return embed([split], encoder, checkpoint, RaySizes(), tuple(plan["labels"]), run=run)[split.name]
 
 
 def _stores(folder: Location) -> list[_Planned]:

@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bertray.annotations import form_of
+from bertray.answers import is_right
 from bertray.errors import BertrayError
-from bertray.metrics import exact_match
 from bertray.storage import Location
 
 Facts = Mapping[str, Any]
@@ -133,7 +134,8 @@ def _all_paired(places: Sequence[Location], task: str, problem: str) -> tuple[li
     """The first run against each other row by row, and why not where they cannot be."""
     if problem == "regression":
         return [], []
-    first, *others = [_predictions(place) for place in places]
+    form = form_of(task, problem)
+    first, *others = [_predictions(place, form) for place in places]
     paired, notes = [], []
     for place, other in enumerate(others, 1):
         if first is None or other is None:
@@ -141,19 +143,20 @@ def _all_paired(places: Sequence[Location], task: str, problem: str) -> tuple[li
         elif not (aligned := _aligned(first, other)):
             notes.append(f"{_letter(0)} and {_letter(place)} are not compared row by row: their test rows differ.")
         else:
-            one, two = (_right(table, task) for table in aligned)
+            one, two = (_right(table, form) for table in aligned)
             only_first, only_other = int((one & ~two).sum()), int((two & ~one).sum())
             counts = {"rows": len(one), "only_first": only_first, "only_other": only_other}
             paired.append({"first": 0, "other": place, **counts, "p": mcnemar(only_first, only_other)})
     return paired, notes
 
 
-def _predictions(place: Location) -> pa.Table | None:
+def _predictions(place: Location, form: str) -> pa.Table | None:
     path = place / "predictions" / "test.parquet"
     if not path.exists():
         return None
+    columns = ["id", "label", "predicted", *(["tags"] if form == "tokens" else [])]
     try:
-        return pq.read_table(path.path, filesystem=path.fs, columns=["id", "label", "predicted"])
+        return pq.read_table(path.path, filesystem=path.fs, columns=columns)
     except (OSError, pa.ArrowException) as error:
         raise BertrayError(f"{path} is damaged: delete it and run the spec again. ({error})") from None
 
@@ -170,20 +173,9 @@ def _aligned(one: pa.Table, two: pa.Table) -> tuple[pa.Table, pa.Table] | None:
     return (one, two) if same else None
 
 
-def _right(table: pa.Table, task: str) -> "np.ndarray[Any, Any]":
-    """[rows] whether each is answered rightly: with its label, all its labels, or one of its reference answers."""
-    pairs = zip(table["label"].to_pylist(), table["predicted"].to_pylist(), strict=True)
-    if task == "question-answering":
-        return np.array([_answers(given, label) for label, given in pairs], bool)
-    return np.array([_plain(label) == _plain(given) for label, given in pairs], bool)
-
-
-def _answers(given: str | None, references: Any) -> bool:
-    return bool(exact_match(given or "", references if isinstance(references, list) else [references or ""]))
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, list) else value
+def _right(table: pa.Table, form: str) -> "np.ndarray[Any, Any]":
+    """[rows] whether each is answered rightly."""
+    return np.array([is_right(form, row) for row in table.to_pylist()], bool)
 
 
 def mcnemar(only_first: int, only_other: int) -> float:

@@ -22,14 +22,14 @@ import pyarrow as pa
 from bertray import solo
 from bertray.checkpoints import Checkpoint
 from bertray.cluster import Workers, alive_nodes, end_process, is_full, plan_workers
-from bertray.errors import ERRORS, ClusterError, SourceError
+from bertray.errors import ERRORS, ClusterError
 from bertray.progress import Progress, log
 from bertray.sources import Unit
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import RaySizes, fingerprint
-from bertray.splits import Rejects, Split, plan_of
+from bertray.splits import Rejects, Split, check_any, plan_of
 from bertray.store import Attempt, Manifest, Receipt, Store
-from bertray.vectors import with_vectors
+from bertray.vectors import with_vectors, with_words
 from bertray.worker import UNITS_AT_ONCE, Job, UnitEncoder
 
 _FAILURES = 3  # of the whole pipeline, one after another without a unit done in between
@@ -42,7 +42,7 @@ def embed(
     checkpoint: Checkpoint,
     sizes: RaySizes,
     label_names: tuple[str, ...] = (),
-    finish: Callable[[pa.Table, Any, Sequence[str]], pa.Table] = with_vectors,
+    finish: Callable[[pa.Table, Any, Sequence[str]], pa.Table] | None = None,
     ready: Callable[[float], None] = lambda seconds: None,
     max_rejects: float = 1.0,
     run: str = "",
@@ -53,7 +53,8 @@ def embed(
 
     Args:
         label_names: what labels have to be; empty takes any.
-        finish: from a unit's rows, what the encoder gave them and its features to the table that its shard holds.
+        finish: from a unit's rows, what the encoder gave them and its features to the table that its shard holds; left
+            out, rows with vectors, or where the spec has states encoded again with words alone.
         ready: is told after how many seconds the first encoder process was ready, if one was started.
         max_rejects: rows of a split that may be set aside: a count, or a share if it is a float.
         run: tells this run's attempts from those of others.
@@ -80,7 +81,7 @@ def embed(
             label_names,
             {split.name: split.columns for split in splits},
             {split.name: split.store for split in splits},
-            finish,
+            finish or (with_words if spec.states == "encode" else with_vectors),
             run,
             sizes.patience,
             features,
@@ -105,11 +106,7 @@ def _finish(split: Split, receipts: dict[str, Receipt], encoder: str) -> Manifes
     # Name and versions are told, but are not part of the fingerprint: the hashes say what the encoder is.
     made_by = {**split.made_by, "encoder": encoder, "versions": versions()}
     manifest = Manifest(fingerprint(split.made_by), made_by, tuple(receipts[unit.key] for unit in split.units))
-    if not manifest.total("rows"):
-        raise SourceError(
-            f"{split.name}: none of the {manifest.total('rejected')} rows can be used. "
-            f"See why in {split.store.location / 'rejects'}."
-        )
+    check_any(split, manifest)
     split.store.finish(manifest)
     return manifest
 

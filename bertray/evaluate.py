@@ -1,9 +1,8 @@
 """Evaluation: stores and a bundle to predictions and metrics. Streams: no store is held whole, only what the metrics
 need of each row."""
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -202,7 +201,9 @@ class _Seen:
             "per_class": _per_class(metrics.per_class(matrix), self.bundle),
         }
         if self.held <= _HELD:
-            p = probabilities("softmax", np.concatenate(self.logits))
+            logits = np.concatenate(self.logits)
+            p, unscaled = (probabilities("softmax", logits * np.float32(heat)) for heat in (1, self.bundle.temperature))
+            details["reliability_before"] = _reliability(unscaled.max(1), unscaled.argmax(1) == true)
             found |= {"auroc": metrics.macro_auroc(p, true)} | _sure(p, true, self.bundle, details)
         return Evaluation(found, metrics.bootstrap(statistic, len(true)), details)
 
@@ -280,13 +281,12 @@ class _Seen:
 def _sure(p: NDArray[np.float32], true: Ints, bundle: Bundle, details: dict[str, Any]) -> dict[str, float]:
     """Metrics of how far probabilities can be trusted; what the report shows of it goes to `details`."""
     sure, right = p.max(1), p.argmax(1) == true
-    reliability = calibration.reliability(sure, right)
+    details["reliability"] = _reliability(sure, right)
     curve = calibration.abstention(sure, right)
-    details["reliability"] = _reliability(reliability)
     details["abstention"] = {name: getattr(curve, name).tolist() for name in ("threshold", "coverage", "accuracy")} | {
         "chosen": bundle.threshold
     }
-    found = {"ece": reliability.ece}
+    found = {"ece": details["reliability"]["ece"]}
     if bundle.threshold:
         answered = sure >= bundle.threshold
         found["coverage"] = float(answered.mean())
@@ -294,14 +294,9 @@ def _sure(p: NDArray[np.float32], true: Ints, bundle: Bundle, details: dict[str,
     return found
 
 
-def _reliability(found: calibration.Reliability) -> dict[str, Any]:
+def _reliability(sure: NDArray[np.float32], right: NDArray[np.bool_]) -> dict[str, Any]:
+    found = calibration.reliability(sure, right)
     return {name: getattr(found, name).tolist() for name in ("confidence", "accuracy", "count")} | {"ece": found.ece}
-
-
-def reliability_of(logits: NDArray[np.float32], targets: Ints) -> dict[str, Any]:
-    """How far the probabilities of logits can be trusted, for the report."""
-    p = probabilities("softmax", logits)
-    return _reliability(calibration.reliability(p.max(1), p.argmax(1) == targets))
 
 
 def _per_class(found: Mapping[str, NDArray[np.float64]], bundle: Bundle) -> list[dict[str, Any]]:
@@ -316,21 +311,13 @@ def _worst(result: pa.Table, form: str) -> list[dict[str, Any]]:
     order = np.argsort(-result["loss"].to_numpy(), kind="stable")
     if form == "number":
         return result.take(order[:_WORST]).to_pylist()
-    wrong: Callable[[dict[str, Any]], bool] = _WRONG[form]
     found: list[dict[str, Any]] = []
     for start in range(0, len(order), 4 * _WORST):
-        found += [row for row in result.take(order[start : start + 4 * _WORST]).to_pylist() if wrong(row)]
+        rows = result.take(order[start : start + 4 * _WORST]).to_pylist()
+        found += [row for row in rows if not answers.is_right(form, row)]
         if len(found) >= _WORST:
             break
     return found[:_WORST]
-
-
-_WRONG: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "name": lambda row: row["label"] != row["predicted"],
-    "names": lambda row: row["label"] != row["predicted"],
-    "tokens": lambda row: json.loads(row["label"]) != row["tags"],
-    "answers": lambda row: not metrics.exact_match(row["predicted"], [text for _, text in answers_of(row["label"])]),
-}
 
 
 def _told(row: dict[str, Any], form: str) -> dict[str, Any]:

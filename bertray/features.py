@@ -1,5 +1,4 @@
-"""Features: which states of which layers a vector consists of, and what a head sees of
-vectors that belong together.
+"""Features: which states of which layers a vector consists of, and what a head sees of vectors that belong together.
 
 A feature is written POOLING_LAYER: `mean_6` is the mean over the tokens of the sixth layer's output, `cls_0` what the
 embeddings give [CLS]. A vector is one feature or several side by side.
@@ -16,6 +15,11 @@ from bertray.errors import SpecError
 
 _LAST4 = 4
 _REACH = 12  # tokens: a sentence or so
+
+
+def named(names: Sequence[str]) -> str:
+    """Features in a few words."""
+    return ", ".join(names) if len(names) < 5 else f"{names[0]} to {names[-1]} ({len(names)} features)"
 
 
 class Feature(NamedTuple):
@@ -62,6 +66,9 @@ def features(poolings: str | Sequence[str], layers: str | int | Sequence[int], c
     names = [poolings] if isinstance(poolings, str) else list(dict.fromkeys(poolings))
     found = [Feature(name, layer) for layer in numbers(layers, count) for name in names if name != "pooler"]
     return (*found, *([Feature("pooler", count)] if "pooler" in names else []))
+
+
+OF_PAIRS, OF_TOKENS = 4, 3  # how many times as wide as a vector is what `related` gives
 
 
 def related(u: Any, v: Any, around: Any = None) -> Any:

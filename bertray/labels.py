@@ -1,14 +1,16 @@
 """Labels: from what a data set writes (names or numbers) to class indices. Pure functions."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from bertray.annotations import Ints, answers_of
+from bertray.annotations import Ints, answers_of, names_in
 from bertray.errors import SourceError
 
 
@@ -16,6 +18,15 @@ def find_names(counts: Mapping[str, int]) -> tuple[str, ...]:
     """Label names taken from the labels themselves: in numeric order if all are numbers, else sorted."""
     numeric = all(_is_number(label) for label in counts)
     return tuple(sorted(counts, key=lambda label: (int(label), label) if numeric else (0, label)))
+
+
+def counts(form: str, labels: pa.ChunkedArray) -> dict[str, int]:
+    """How many rows, or words, have each label of kept labels (see `annotations`)."""
+    found: Counter[str] = Counter()
+    for label, times in Counter(labels.to_pylist()).items():
+        for name in names_in(form, label):
+            found[name] += times
+    return dict(found)
 
 
 def check(labels: Iterable[str], names: Sequence[str], place: str) -> None:

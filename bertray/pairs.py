@@ -4,7 +4,6 @@ The pairs of a split go into a store without vectors, which tells for each text 
 distinct texts. Knows nothing of how texts are encoded.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,14 +12,13 @@ import numpy as np
 import pyarrow as pa
 
 from bertray import labels
-from bertray.annotations import Ints, names_in
+from bertray.annotations import Ints
 from bertray.checkpoints import Checkpoint
-from bertray.errors import SourceError
 from bertray.features import related
-from bertray.sources import PREVIEW, Columns, Reader, Unit, stage, units
+from bertray.sources import Batch, Columns, Reader, Unit, empty, set_aside, stage, units
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import Source, fingerprint
-from bertray.splits import Rejects, Split, made_by, plan_of
+from bertray.splits import Rejects, Split, check_any, made_by, plan_of
 from bertray.storage import Location
 from bertray.store import Manifest, Receipt, Store
 
@@ -105,36 +103,19 @@ def _without(
     rejects, receipts = Rejects(other, max_rejects), []
     for receipt in manifest.units:
         rows = split.store.check(receipt)
-        first, second = (rows[name].to_pylist() for name in ("first", "second"))
-        wrong = {
-            row: failed.get(u) or failed[v]
-            for row, (u, v) in enumerate(zip(first, second, strict=True))
-            if u in failed or v in failed
-        }
-        aside = rows.take(pa.array(list(wrong), pa.int64()))
-        more = [
-            {"id": row["id"], "reason": reason, "preview": row["text"][:PREVIEW]}
-            for row, reason in zip(aside.select(["id", "text"]).to_pylist(), wrong.values(), strict=True)
-        ]
-        before = split.store.rejects(receipt.unit)
-        rows = rows.take(np.setdiff1d(np.arange(rows.num_rows), list(wrong)).astype(np.int64))
+        before = pa.Table.from_pylist(split.store.rejects(receipt.unit), _REJECTS)
+        wrong = _wrong(rows["first"].to_pylist(), rows["second"].to_pylist(), failed)
+        batch = set_aside(Batch(rows, before), wrong)
+        rows = batch.rows
         for name in ("first", "second"):
             places = pa.array(np.searchsorted(kept, rows[name].to_numpy()), pa.int64())
             rows = rows.set_column(rows.column_names.index(name), name, places)
-        receipts.append(_written(other, receipt.unit, rows, pa.Table.from_pylist([*before, *more], _REJECTS)))
+        receipts.append(_written(other, receipt.unit, Batch(rows, batch.rejects)))
         rejects.add(receipts[-1])
     found = Manifest(fingerprint(other.made_by), other.made_by, tuple(receipts))
-    _check_any(other, found)
+    check_any(other, found)
     other.store.finish(found)
     return found
-
-
-def _check_any(split: Split, manifest: Manifest) -> None:
-    if not manifest.total("rows"):
-        raise SourceError(
-            f"{split.name}: none of the {manifest.total('rejected')} rows can be used. "
-            f"See why in {split.store.location / 'rejects'}."
-        )
 
 
 def _numbered(split: Split, keys: str, folder: Location) -> Split:
@@ -158,7 +139,7 @@ def _write(split: Split, numbers: dict[str, int], label_names: tuple[str, ...], 
         receipts.append(_write_unit(split, unit, reader, numbers, label_names))
         rejects.add(receipts[-1])
     found = Manifest(fingerprint(split.made_by), split.made_by, tuple(receipts))
-    _check_any(split, found)
+    check_any(split, found)
     return found
 
 
@@ -168,23 +149,17 @@ def _write_unit(
     batch = reader.read(unit)
     rows = batch.rows
     for role, name in (("text", "first"), ("text_pair", "second")):
-        found = [numbers.setdefault(text, len(numbers)) for text in rows[role].to_pylist()]
-        rows = rows.append_column(name, pa.array(found, pa.int64()))
+        rows = rows.append_column(name, pa.array(_numbered_texts(rows[role].to_pylist(), numbers), pa.int64()))
     if label_names and split.columns.label:
-        labels.check(_counts(rows, split.columns), label_names, unit.url)
-    return _written(split, unit.key, rows, batch.rejects)
+        labels.check(labels.counts(split.columns.form, rows["label"]), label_names, unit.url)
+    return _written(split, unit.key, Batch(rows, batch.rejects))
 
 
-def _written(split: Split, unit: str, rows: pa.Table, rejects: pa.Table) -> Receipt:
-    empty = int(np.sum([not text.strip() for text in rows["text"].to_pylist()]))
-    receipt = Receipt(unit, rows.num_rows, rejects.num_rows, empty, 0, 0, 0.0, _counts(rows, split.columns))
+def _written(split: Split, unit: str, batch: Batch) -> Receipt:
+    rows, rejects = batch.rows, batch.rejects
+    counts = labels.counts(split.columns.form, rows["label"]) if split.columns.label else {}
+    receipt = Receipt(unit, rows.num_rows, rejects.num_rows, empty(rows["text"]), 0, 0, 0.0, counts)
     return split.store.write_shard(receipt, rows, rejects)
-
-
-def _counts(rows: pa.Table, columns: Columns) -> dict[str, int]:
-    if not columns.label:
-        return {}
-    return dict(Counter(name for label in rows["label"].to_pylist() for name in names_in(columns.form, label)))
 
 
 def encode(encoder: Any, texts: Sequence[str], pairs: Sequence[str]) -> tuple[Any, dict[int, str]]:
@@ -197,15 +172,24 @@ def encode(encoder: Any, texts: Sequence[str], pairs: Sequence[str]) -> tuple[An
         As `Encoder.encode_rows`, with vectors [n, 4 * width].
     """
     numbers: dict[str, int] = {}
-    first, second = (np.array([numbers.setdefault(t, len(numbers)) for t in each], np.int64) for each in (texts, pairs))
+    first, second = (_numbered_texts(each, numbers) for each in (texts, pairs))
     found, wrong = encoder.encode_rows(list(numbers))
-    reasons = zip(first.tolist(), second.tolist(), strict=True)
-    failed = {row: wrong.get(u) or wrong[v] for row, (u, v) in enumerate(reasons) if u in wrong or v in wrong}
-    u, v = found.take(first), found.take(second)
+    u, v = (found.take(np.array(each, np.int64)) for each in (first, second))
     return replace(
         u,
         vectors=related(u.vectors.astype(np.float32), v.vectors.astype(np.float32)),
         tokens=u.tokens + v.tokens,
         truncated=u.truncated | v.truncated,
         windows=np.maximum(u.windows, v.windows),
-    ), failed
+    ), _wrong(first, second, wrong)
+
+
+def _numbered_texts(texts: Sequence[str], numbers: dict[str, int]) -> list[int]:
+    """The number of each text; new ones are noted."""
+    return [numbers.setdefault(text, len(numbers)) for text in texts]
+
+
+def _wrong(first: Sequence[int], second: Sequence[int], failed: Mapping[int, str]) -> dict[int, str]:
+    """Why pairs cannot be used, of those of whose texts one cannot: {row: reason}."""
+    rows = enumerate(zip(first, second, strict=True))
+    return {row: failed.get(u) or failed[v] for row, (u, v) in rows if u in failed or v in failed}

@@ -23,7 +23,7 @@ from bertray.bundle import Bundle
 from bertray.cluster import connected
 from bertray.embed import embed, reasons, versions
 from bertray.errors import BundleError, SourceError, SpecError
-from bertray.evaluate import Evaluation, evaluate, reliability_of
+from bertray.evaluate import Evaluation, evaluate
 from bertray.examine import details as examine
 from bertray.lease import held
 from bertray.progress import log
@@ -34,7 +34,6 @@ from bertray.splits import Split, bytes_of, changed_files, splits_of
 from bertray.states import Again, tables
 from bertray.storage import Location, output_folder, retries
 from bertray.store import Manifest, Receipt, Store
-from bertray.vectors import with_vectors, with_words
 
 _JUDGED = ("train", "dev", "test")
 STEPS = ("embed", "fit", "evaluate")
@@ -162,7 +161,6 @@ class _Run:
             self.spec.ray,
             self.label_names,
             ready=ready,
-            finish=with_words if self.spec.encoder.states == "encode" else with_vectors,
             max_rejects=self.spec.data.max_rejects,
             run=self.run,
         )
@@ -231,7 +229,7 @@ class _Run:
             tuple(self._store(name) for name in ("train", "dev") if name in self.manifests),
             self.spec.form,
             classes,
-            2 if self.spec.form == "answers" else len(names),
+            len(names),
             spec.folds,
             spec.seed,
             spec.class_weight == "balanced",
@@ -427,7 +425,7 @@ class _Run:
                 name: found.details["confusion"] for name, found in evaluations.items() if bundle.form == "name"
             },
             **examine(splits, self.manifests, bundle, self.choice, classes, predictions, judged),
-            **_searched(self.choice, bundle),
+            **_searched(self.choice),
         }
         self._imports.wait()
         spec = yaml.safe_dump(self.spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -443,15 +441,11 @@ def _size(count: float) -> str:
     return f"{count:,.1f} TB"
 
 
-def _searched(choice: Choice, bundle: Bundle) -> dict[str, Any]:
-    """What the report shows of the rows that were left out."""
-    found: dict[str, Any] = {}
-    if len(choice.curve) > 1:
-        best = asdict(choice.setting)
-        found["search"] = {"metric": choice.metric, "best": best, "curve": list(choice.curve)}
-    if bundle.form == "name" and choice.logits is not None and choice.targets is not None and len(choice.targets):
-        found["reliability_before"] = reliability_of(choice.logits, choice.targets)
-    return found
+def _searched(choice: Choice) -> dict[str, Any]:
+    """What the report shows of the settings that were tried."""
+    if len(choice.curve) < 2:
+        return {}
+    return {"search": {"metric": choice.metric, "best": asdict(choice.setting), "curve": list(choice.curve)}}
 
 
 def _kept(place: Location) -> Choice | None:

@@ -19,11 +19,11 @@ from bertray.bundle import Bundle
 from bertray.checkpoints import Checkpoint
 from bertray.embed import embed
 from bertray.errors import BertrayError, BundleError, SourceError
-from bertray.features import parse
+from bertray.features import OF_TOKENS, parse
 from bertray.lease import held
 from bertray.sources import Columns, is_saved_dataset, units
 from bertray.spec import Encoder as EncoderSpec
-from bertray.spec import RaySizes, Source, fingerprint
+from bertray.spec import RaySizes, Source, encoder_of, fingerprint
 from bertray.splits import Split, made_by
 from bertray.storage import Location, output_folder
 from bertray.store import Manifest, Store
@@ -114,7 +114,7 @@ def _answers(bundle: Bundle, encoded: Any, texts: Sequence[str], pairs: Sequence
     """What a bundle answers to what was encoded, as columns (see `answers.columns`)."""
     vectors, edges, spans = encoded.vectors, None, None
     if bundle.part != "text":
-        width = bundle.head.weight.shape[1] // (3 if bundle.part == "token" else 1)
+        width = bundle.head.weight.shape[1] // (OF_TOKENS if bundle.part == "token" else 1)
         edges = np.cumsum([0, *map(len, vectors)])
         spans = np.concatenate([np.zeros((0, 2), np.int64), *encoded.spans])
         vectors = np.concatenate([np.zeros((0, width), np.float32), *vectors])
@@ -265,8 +265,7 @@ def _flat(table: pa.Table, labels: Sequence[str]) -> pa.Table:
 
 
 def _encoder_spec(bundle: Bundle) -> EncoderSpec:
-    fields = {name: value for name, value in bundle.encoder.items() if name != "identity"}
-    return EncoderSpec.model_validate_json(json.dumps(fields))
+    return encoder_of({name: value for name, value in bundle.encoder.items() if name != "identity"})
 
 
 def checkpoint_of(bundle: Bundle) -> Checkpoint:

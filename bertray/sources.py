@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -416,6 +417,28 @@ def _place(unit: Unit) -> str:
 
 def _is_string(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def set_aside(batch: Batch, failed: Mapping[int, str]) -> Batch:
+    """A batch without the rows that cannot be used, which become rejects: {row: reason}."""
+    if not failed:
+        return batch
+    bad = sorted(failed)
+    rows = batch.rows.take(bad)
+    rejects = pa.table(
+        {
+            "id": rows["id"],
+            "reason": pa.array([failed[row] for row in bad], pa.string()),
+            "preview": pc.utf8_slice_codeunits(rows["text"], 0, PREVIEW),
+        }
+    )
+    good = np.delete(np.arange(batch.rows.num_rows), bad)
+    return Batch(batch.rows.take(good), pa.concat_tables([batch.rejects.cast(rejects.schema), rejects]))
+
+
+def empty(texts: pa.ChunkedArray) -> int:
+    """How many texts hold nothing but white space."""
+    return int(pc.sum(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0)).as_py() or 0)
 
 
 def stage(rows: Any, columns: Columns, folder: Location) -> tuple[str, ...]:

@@ -297,6 +297,11 @@ def load_spec(spec: "str | Path | Mapping[str, Any] | Spec", overrides: Sequence
         raise SpecError("\n".join(dict.fromkeys(_messages(error, lines)))) from None
 
 
+def encoder_of(fields: Mapping[str, Any]) -> Encoder:
+    """The encoder's section as a plan or a bundle keeps it: as JSON, where lists are not tuples."""
+    return Encoder.model_validate_json(json.dumps(fields))
+
+
 def fingerprint(value: Any) -> str:
     """A short, stable hash of anything that JSON can hold."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))

@@ -16,7 +16,7 @@ from bertray.sources import Columns, Reader, Unit, from_hub, is_saved_dataset, s
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import Source, Spec, fingerprint
 from bertray.storage import Location
-from bertray.store import Receipt, Store
+from bertray.store import Manifest, Receipt, Store
 
 _SAMPLE = 200  # rows whose words are counted
 RECIPE = 4  # raised when a change of code gives other vectors for the same settings
@@ -159,6 +159,19 @@ def changed_files(split: Split) -> list[str]:
     before = split.store.plan()
     stamps = {file["name"]: file["stamp"] for file in before["files"]} if before else {}
     return sorted({unit.name for unit in split.units if stamps.get(unit.name, unit.stamp) != unit.stamp})
+
+
+def check_any(split: Split, manifest: Manifest) -> None:
+    """Check that some row of a split can be used.
+
+    Raises:
+        SourceError: all were set aside.
+    """
+    if not manifest.total("rows"):
+        raise SourceError(
+            f"{split.name}: none of the {manifest.total('rejected')} rows can be used. "
+            f"See why in {split.store.location / 'rejects'}."
+        )
 
 
 class Rejects:

@@ -10,8 +10,7 @@ import platform
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -19,15 +18,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from bertray import checkpoints, labels, pairs
-from bertray.annotations import names_in, tags_of, words_of
+from bertray.annotations import tags_of, words_of
 from bertray.errors import BertrayError, CheckpointError, ClusterError, StoreError
 from bertray.features import parse
 from bertray.progress import log
-from bertray.sources import PREVIEW, Batch, Columns, Reader, Unit
+from bertray.sources import Batch, Columns, Reader, Unit, empty, set_aside
 from bertray.spec import Encoder as EncoderSpec
 from bertray.storage import Location, retries
 from bertray.store import Attempt, Receipt, Store
@@ -179,7 +177,7 @@ class UnitEncoder:
         columns, names = self.job.columns[split], self.job.label_names
         batch = self._read(split, unit)
         if names and columns.label and columns.part == "text":  # a wrong one shows before anything is encoded
-            labels.check(_labels(batch.rows, columns), names, unit.url)
+            labels.check(labels.counts(columns.form, batch.rows["label"]), names, unit.url)
         texts = batch.rows["text"].to_pylist()
         second = batch.rows["text_pair"].to_pylist() if columns.text_pair else None
         if self.job.siamese and second is not None:
@@ -190,14 +188,14 @@ class UnitEncoder:
         kept = np.delete(np.arange(len(encoded.tokens)), list(failed))
         encoded = encoded.take(kept)
         rows = _tagged(batch.rows, encoded.spans) if columns.form == "tokens" else batch.rows
-        counts = _labels(rows, columns) if columns.label else {}
-        if names and columns.label:
+        counts = labels.counts(columns.form, rows["label"]) if columns.label else {}
+        if names and columns.label and columns.part != "text":
             labels.check(counts, names, unit.url)
         receipt = Receipt(
             unit.key,
             len(kept),
             batch.rejects.num_rows,
-            _empty(rows["text"]),
+            empty(rows["text"]),
             int(encoded.truncated.sum()),
             int(encoded.tokens.sum()),
             round(time.perf_counter() - started, 4),
@@ -240,33 +238,6 @@ def _actor() -> str:
     return str(ray.get_runtime_context().get_actor_id()) if ray.is_initialized() else ""
 
 
-def set_aside(batch: Batch, failed: Mapping[int, str]) -> Batch:
-    """A batch without the rows that cannot be encoded, which become rejects: {row: reason}."""
-    if not failed:
-        return batch
-    bad = sorted(failed)
-    rows = batch.rows.take(bad)
-    rejects = pa.table(
-        {
-            "id": rows["id"],
-            "reason": pa.array([failed[row] for row in bad], pa.string()),
-            "preview": pc.utf8_slice_codeunits(rows["text"], 0, PREVIEW),
-        }
-    )
-    good = np.delete(np.arange(batch.rows.num_rows), bad)
-    return Batch(batch.rows.take(good), pa.concat_tables([batch.rejects.cast(rejects.schema), rejects]))
-
-
-def _labels(rows: pa.Table, columns: Columns) -> dict[str, int]:
-    """How many rows, or words, have each label."""
-    kept = Counter(rows["label"].to_pylist())
-    counts: Counter[str] = Counter()
-    for label, times in kept.items():
-        for name in names_in(columns.form, label):
-            counts[name] += times
-    return dict(counts)
-
-
 def _words(rows: pa.Table) -> list[NDArray[np.int64] | None] | None:
     """Where the words of texts are that came as lists of words."""
     if "words" not in rows.column_names:
@@ -283,7 +254,3 @@ def _tagged(rows: pa.Table, spans: NDArray[np.object_]) -> pa.Table:
     ]
     rows = rows.drop_columns(["words"])
     return rows.set_column(rows.column_names.index("label"), "label", pa.array(tags, pa.string()))
-
-
-def _empty(texts: pa.ChunkedArray) -> int:
-    return int(pc.sum(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0)).as_py() or 0)

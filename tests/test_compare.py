@@ -32,13 +32,14 @@ LABELS = ["a", "a", "a", "b", "b", "b"]
 def made(tmp_path):
     """A function that writes a run with some facts and answers, and gives its folder."""
 
-    def write(name, predicted=None, labels=LABELS, ids=None, **facts):
+    def write(name, predicted=None, labels=LABELS, ids=None, tags=None, **facts):
         folder = tmp_path / name
         (folder / "predictions").mkdir(parents=True)
         (folder / "metrics.json").write_text(json.dumps(SUMMARY | facts))
         if predicted is not None:
             ids = ids or [f"t.csv:{i}" for i in range(len(predicted))]
             table = pa.table({"id": ids, "label": labels, "predicted": predicted, "text": ["t"] * len(ids)})
+            table = table if tags is None else table.append_column("tags", pa.array(tags))
             pq.write_table(table, folder / "predictions" / "test.parquet")
         return str(folder)
 
@@ -89,9 +90,19 @@ def test_several_labels_a_row_are_compared_as_sets(made):
 
 
 def test_answers_are_compared_as_squad_does(made):
-    labels, kind = [["The Oslo", "Oslo!"], []], {"task": "question-answering"}
+    labels = ['[[0, "The Oslo"], [9, "Oslo!"]]', "[]"]  # as predictions hold them
+    kind = {"task": "question-answering"}
     found = compare([made("one", ["oslo", ""], labels, **kind), made("two", ["Rome", "x"], labels, **kind)])
     assert (found["paired"][0]["only_first"], found["paired"][0]["only_other"]) == (2, 0)
+
+
+def test_words_are_compared_by_their_tags(made):
+    labels, kind = ['["O", "B-who"]', '["O"]'], {"task": "token-classification"}
+    entities = [[{"label": "who", "start": 2, "stop": 5}], []]
+    one = made("one", entities, labels, tags=[["O", "B-who"], ["O"]], **kind)
+    two = made("two", entities, labels, tags=[["O", "I-who"], ["O"]], **kind)
+    found = compare([one, two])
+    assert (found["paired"][0]["only_first"], found["paired"][0]["only_other"]) == (1, 0)
 
 
 @pytest.mark.parametrize(
