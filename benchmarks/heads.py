@@ -16,27 +16,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from benchmarks import machine, results, texts
+from bertray.spec import Head
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 FOLDS, L2S = 5, np.logspace(-6, 0, 20)
 TRIALS = [(float(l2), fold) for l2 in L2S for fold in range(FOLDS)]
-_SPEC = SimpleNamespace(
-    optimizer="lbfgs",
-    lr=0.01,
-    batch_size=32,
-    epochs=10,
-    seed=0,
-    standardize=False,
-    label_smoothing=0.0,
-    combine="concat",
-    early_stopping=0,
-)
+_SPEC = Head(optimizer="lbfgs")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -115,7 +105,7 @@ def _together(x: Any, y: Any, folds: Any) -> tuple[Any, Callable[[], Any]]:
 
     samples: Any = _Vectors(*map(torch.from_numpy, (x, y, folds)), torch.ones(len(x)), int(y.max()) + 1)
     trials, spec = [Trial(*trial) for trial in TRIALS], _SPEC
-    heads = solve(samples, trials, spec, Share(0, 1), lambda loss: None, torch.float32)  # type: ignore[arg-type]
+    heads = solve(samples, trials, spec, Share(0, 1), lambda loss: None, torch.float32)
     return heads, lambda: held_out(samples, heads, trials)
 
 

@@ -102,6 +102,7 @@ def main() -> None:
 def run(name: str, data: Path) -> str:
     """A job, as a line of a table."""
     import bertray
+    from bertray.features import named
 
     folder, columns, encoder, head, metric, least = JOBS[name]
     rows = {
@@ -120,9 +121,8 @@ def run(name: str, data: Path) -> str:
         summary = bertray.run(spec)
         seconds = time.perf_counter() - started
     value, (low, high) = summary["metrics"]["test"][metric], summary["intervals"]["test"][metric]
-    names, l2 = summary["features"], summary["head"]["l2"]
     least = baseline(data / folder) if folder == "qa" else least
-    chosen = f"{', '.join(names) if len(names) < 5 else f'{len(names)} features'}; l2 {l2:g}"
+    chosen = f"{named(summary['features'])}; l2 {summary['head']['l2']:g}"
     return f"| {name} | {metric} | {value:.4f} | {low:.3f} to {high:.3f} | {least:.3f} | {chosen} | {seconds:.0f} |"
 
 

@@ -32,8 +32,6 @@ _ATTENTION = "bertray_varlen"
 _FIDELITY = 0.999  # least cosine to fp32 that `auto` takes
 _SAME = 0.9  # a lower one is no matter of precision: the backend does not fit the model
 
-POOLINGS = ("pooler", "cls", "mean", "max", "first")
-
 
 class Backend(Protocol):
     """name: what it is, for logs and reports; precision: what it computes in; block: texts to hand over at once;

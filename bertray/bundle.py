@@ -111,8 +111,7 @@ def load(url: str) -> Bundle:
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError, OSError) as error:
         raise BundleError(f"{url} is damaged ({error}). Fit it again, or copy it again.") from None
-    outputs = 2 if bundle.task == "question-answering" else len(bundle.labels)
-    if head.weight.shape[0] != outputs or head.bias.shape != head.weight.shape[:1]:
+    if head.weight.shape[0] != len(bundle.labels) or head.bias.shape != head.weight.shape[:1]:
         raise BundleError(f"{url} is damaged: {len(bundle.labels)} labels, but weights {head.weight.shape}.")
     return bundle
 
@@ -151,7 +150,7 @@ A linear head on frozen vectors, fitted by [bertray]. It holds no encoder: `{enc
 Use it:
 
     import bertray
-    answers = bertray.load("PATH OF THIS FOLDER").predict([{'"a text"'}])
+    answers = bertray.load("PATH OF THIS FOLDER").predict(["a text"])
 
 Limits: it knows its labels only; on text unlike its training rows its probabilities mean little.
 

@@ -210,8 +210,10 @@ def _print_summary(summary: dict[str, Any]) -> None:
             print(f"  set aside: {count:,} because {reason}")
     print(f"{'encoder':<9} {', '.join(summary['encoder']['backends'])}")
     if summary.get("head", {}).get("search", {}) and any(summary["head"]["search"].values()):
+        from bertray.features import named
+
         head = summary["head"]
-        print(f"{'chosen':<9} {_named(summary['features'])}, {head['combine']}, l2 {head['l2']:g}")
+        print(f"{'chosen':<9} {named(summary['features'])}, {head['combine']}, l2 {head['l2']:g}")
     if any(summary["faults"].values()):
         faults = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in summary["faults"].items() if count)
         print(f"{'faults':<9} {faults}")
@@ -229,10 +231,6 @@ def _print_summary(summary: dict[str, Any]) -> None:
         print(f"{'next':<9} {_command()} serve {summary['bundle']}")
     else:
         print(f"{'written':<9} {summary['output']}")
-
-
-def _named(features: Sequence[str]) -> str:
-    return ", ".join(features) if len(features) < 5 else f"{features[0]} to {features[-1]} ({len(features)} features)"
 
 
 def _spoken(metric: str) -> str:

@@ -57,12 +57,8 @@ class Encoded:
     windows: NDArray[np.int64]
     spans: NDArray[np.object_]
 
-    def part(self, span: slice) -> "Encoded":
-        """Some texts of it, in the same memory."""
-        return Encoded(*(getattr(self, field.name)[span] for field in fields(self)))
-
-    def take(self, rows: NDArray[np.int64]) -> "Encoded":
-        """Some texts of it."""
+    def take(self, rows: slice | NDArray[np.int64]) -> "Encoded":
+        """Some texts of it; of a slice in the same memory."""
         return Encoded(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
@@ -190,7 +186,7 @@ class Encoder:
         failed: dict[int, str] = {}
         edges = np.unique(np.linspace(span.start, span.stop, _PARTS + 1).astype(int)).tolist()
         for part in (slice(start, stop) for start, stop in pairwise(edges)):
-            begun = self._begun(self._job(inputs, part, strict=False), out.part(part))
+            begun = self._begun(self._job(inputs, part, strict=False), out.take(part))
             failed.update(self._salvage(inputs, part, out, begun))
         return failed
 
@@ -207,7 +203,7 @@ class Encoder:
         from that. Meanwhile the next one is begun."""
         waiting = None
         for span, tokenized in self._tokenized(inputs, strict):
-            begun = span, self._begun(tokenized, out.part(span))
+            begun = span, self._begun(tokenized, out.take(span))
             if waiting:
                 yield waiting
             waiting = begun

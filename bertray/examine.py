@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from bertray import answers, doubts, labels
 from bertray.bundle import Bundle
-from bertray.heads import probabilities
 from bertray.search import Choice
 from bertray.splits import Split
 from bertray.store import Manifest, Store
@@ -86,9 +85,9 @@ def _shown(row: Mapping[str, Any], bundle: Bundle, classes: Mapping[str, int]) -
 
 def _doubts(store: Store, bundle: Bundle, choice: Choice, classes: Mapping[str, int]) -> list[dict[str, Any]]:
     """The labels of rows that were left out which are most probably wrong."""
-    if choice.logits is None or choice.targets is None or not len(choice.targets):
+    p = choice.probabilities
+    if p is None or choice.targets is None or not len(p):
         return []
-    p = probabilities("softmax", choice.logits / np.float32(choice.temperature))
     rows, suggested = doubts.label_doubts(p, choice.targets)
     wanted = {int(row): int(other) for row, other in zip(rows[:_SHOWN], suggested[:_SHOWN], strict=True)}
     found = {}
@@ -103,7 +102,9 @@ def _doubts(store: Store, bundle: Bundle, choice: Choice, classes: Mapping[str, 
 def _picked(store: Store, numbers: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of a store by their numbers, which rise."""
     left, begun = list(numbers), 0
-    for table in store.tables(["id", "text", "label"]) if left else ():
+    for table in store.tables(["id", "text", "label"]):
+        if not left:
+            return
         own = [number for number in left if number < begun + table.num_rows]
         places = pa.array([number - begun for number in own], pa.int64())
         yield from zip(own, table.take(places).to_pylist(), strict=True)

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from bertray.bundle import Bundle
 from bertray.checkpoints import Checkpoint
 from bertray.errors import BertrayError, BundleError, CheckpointError
-from bertray.features import related, with_surroundings
+from bertray.features import OF_PAIRS, OF_TOKENS, related, with_surroundings
 from bertray.predict import checkpoint_of
 from bertray.storage import Location
 
@@ -209,7 +209,7 @@ class _Parts:
                     "on the last at most. Fit it again."
                 )
         asked = self.bundle.task == "question-answering"
-        parts = 4 if self.bundle.siamese else 3 if asked else 1  # see features.related
+        parts = OF_PAIRS if self.bundle.siamese else OF_TOKENS if asked else 1  # see features.related
         wanted = (len(_labels(self.bundle)), parts * len(self.features) * width)
         if self.bundle.head.weight.shape != wanted:
             raise BundleError(f"The bundle's weights are {self.bundle.head.weight.shape}, not {wanted}. Fit it again.")

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from bertray import labels
 from bertray.annotations import Ints
 from bertray.errors import StoreError
-from bertray.features import related, with_surroundings
+from bertray.features import OF_PAIRS, OF_TOKENS, related, with_surroundings
 from bertray.progress import log
 from bertray.states import Again, Recoded, Texts, tables
 from bertray.store import Store
@@ -84,7 +85,7 @@ class Wanted:
     again: Again | None = None
     names: tuple[str, ...] = ()
 
-    @property
+    @cached_property  # it is in storage
     def features(self) -> list[str]:
         return (self.pairs or self.stores[0]).complete().features
 
@@ -131,9 +132,13 @@ class Samples:
         return 1 if self.averaged else len(self.chosen)
 
     @property
+    def times(self) -> int:
+        """How often a head sees each number of a vector."""
+        return 1 if self.others is None else OF_PAIRS if self.questions is None else OF_TOKENS
+
+    @property
     def width(self) -> int:
-        times = 1 if self.others is None else 4 if self.questions is None else 3
-        return times * self.blocks * int(self.vectors.shape[2])
+        return self.times * self.blocks * int(self.vectors.shape[2])
 
     def of(self, chosen: Sequence[int], averaged: bool) -> "Samples":
         """The same rows by some features, side by side or averaged."""
@@ -285,7 +290,7 @@ class _Reading:
                 seen[first], seen[first + 1] = False, True
                 vectors, kept = with_surroundings(vectors, edges), np.flatnonzero(seen)
                 begun = sum(map(len, self.asked or self.questions))
-                self._ask(table, vectors, first)
+                self._ask(vectors, first)
                 spans, edges = spans[kept], np.searchsorted(kept, edges)
                 self.others.append(begun + np.repeat(np.arange(len(rows)), np.diff(edges)))
             vectors = vectors[kept]
@@ -306,7 +311,7 @@ class _Reading:
         each = np.zeros(len(rows), np.int64) if choosing else self._folds(table)
         self.folds.append(each if edges is None else np.repeat(each, np.diff(edges)))
 
-    def _ask(self, table: pa.Table, vectors: NDArray[Any], first: Ints) -> None:
+    def _ask(self, vectors: NDArray[Any], first: Ints) -> None:
         """Note the vectors of questions."""
         if self.encoder:
             self.asked.append(first + (self.texts.edges[-1] if self.texts else 0))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bertray import calibration, metrics
 from bertray.errors import SpecError
-from bertray.features import Feature, features, parse
+from bertray.features import Feature, features, named, parse
 from bertray.heads import LinearHead, probabilities
 from bertray.progress import log
 from bertray.samples import Samples, Share, Wanted
@@ -56,6 +56,11 @@ class Choice:
     targets: NDArray[Any] | None = None
     temperature: float = 1.0
     sizes: tuple[int, ...] = ()
+
+    @property
+    def probabilities(self) -> NDArray[np.float32] | None:
+        """[rows, outputs] of the logits where one of the outputs is true, as they are after calibration."""
+        return None if self.logits is None else probabilities("softmax", self.logits / np.float32(self.temperature))
 
 
 def settings(spec: Head, stored: Sequence[str], layers: int) -> list[Setting]:
@@ -105,7 +110,7 @@ def choose(samples: Samples, wanted: Wanted, candidates: Sequence[Setting], spec
     for (names, combine), group in groupby(candidates, key=lambda each: (each.features, each.combine)):
         same = list(group)
         logits = _left_out(of(samples, wanted, same[0]), same, folds, combine, spec, share)
-        log.info("fitting: %d settings of %s tried on %d folds", len(same), _named(names), folds)
+        log.info("fitting: %d settings of %s tried on %d folds", len(same), named(names), folds)
         for setting, given in zip(same, logits, strict=True):
             score, spread = _score(given, samples, wanted, share, folds)
             curve.append({**asdict(setting), "score": score, "low": score - spread, "high": score + spread})
@@ -142,17 +147,9 @@ def fit_one(
     weight = head.weight / choice.temperature
     if setting.combine == "mean":  # the same over features side by side
         count = len(setting.features)
-        parts = np.split(weight, _relations(samples), 1)
+        parts = np.split(weight, samples.times, 1)
         weight = np.concatenate([np.tile(part / count, (1, count)) for part in parts], 1)
     return LinearHead(np.ascontiguousarray(weight, np.float32), head.bias / np.float32(choice.temperature))
-
-
-def _relations(samples: Samples) -> int:
-    return 1 if samples.others is None else 4 if samples.questions is None else 3
-
-
-def _named(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]}"
 
 
 def _left_out(
@@ -289,9 +286,9 @@ def threshold(choice: Choice, accuracy: float, form: str, lengths: Sequence[floa
     """
     if form == "answers":
         return _least_margin(choice, lengths)
-    if not accuracy or choice.logits is None or choice.targets is None:
+    p = choice.probabilities if accuracy else None
+    if p is None:
         return 0.0
-    p = probabilities("softmax", choice.logits / np.float32(choice.temperature))
     found = calibration.threshold_for(p.max(1), p.argmax(1) == choice.targets, accuracy)
     if not math.isfinite(found):
         log.warning(

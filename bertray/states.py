@@ -97,8 +97,7 @@ class Texts:
         texts, places = np.unique(owners, return_inverse=True)
         flat = self._encoded(tuple(texts.tolist()))
         _, begun = gathered(self.edges, texts)
-        found = flat[begun[places] + rows - self.edges[owners]]
-        return found
+        return flat[begun[places] + rows - self.edges[owners]]
 
     def _encoded(self, chosen: tuple[int, ...]) -> NDArray[Any]:
         """The vectors of the words of some texts, with what is around the tokens of questions. The last ones are kept:

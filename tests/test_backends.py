@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 from transformers import ModernBertModel
 
 from bertray import backends, native
-from bertray.backends import POOLINGS, TorchBackend, VarlenBackend
+from bertray.backends import TorchBackend, VarlenBackend
 from bertray.errors import CheckpointError
 from bertray.features import Feature, features
+from bertray.spec import Pooling
 from bertray.tokens import Segments, Tokens
 
 LENGTHS = [70, 33, 33, 32, 17, 16, 15, 5, 2, 1]
@@ -95,7 +97,9 @@ MEAN = features("mean", "last", 2)
 MIXED = (*features(["max", "cls", "mean"], "all", 2), Feature("pooler", 2))
 
 
-@pytest.fixture(params=[*((Feature(pooling, 2),) for pooling in POOLINGS), (Feature("cls", 1),), MIXED], ids=str)
+@pytest.fixture(
+    params=[*((Feature(pooling, 2),) for pooling in get_args(Pooling)), (Feature("cls", 1),), MIXED], ids=str
+)
 def wanted(request, model):
     if Feature("pooler", 2) in request.param and getattr(model, "pooler", None) is None:
         pytest.skip(f"{type(model).__name__} has no pooler")
