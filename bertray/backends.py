@@ -47,6 +47,10 @@ class Backend(Protocol):
         segments [m, features, width]."""
         ...
 
+    def giving(self, features: Sequence[Feature]) -> "Backend":
+        """The same weights, giving other features of the layers that are loaded."""
+        ...
+
 
 def choose(model: Any, precision: str, features: Sequence[Feature], device: str, threads: int = 0) -> Backend:
     """The fastest backend for a loaded model (float32, on the CPU) in a precision, or for `auto` in the fastest one
@@ -137,9 +141,19 @@ class TorchBackend:
         self.budget = _BUDGETS[device]
         self.steps = 0
         self._model, self._device = model, device
-        self._features, self._pooler = tuple(features), getattr(model, "pooler", None)
-        self._layers = sorted({feature.layer for feature in features})
+        self._pooler = getattr(model, "pooler", None)
+        self._give(features)
         self._types = getattr(model.config, "type_vocab_size", 0) > 1
+
+    def giving(self, features: Sequence[Feature]) -> "TorchBackend":
+        """The same model, giving other features."""
+        other = copy.copy(self)
+        other._give(features)
+        return other
+
+    def _give(self, features: Sequence[Feature]) -> None:
+        self._features = tuple(features)
+        self._layers = sorted({feature.layer for feature in features})
 
     @torch.inference_mode()
     def start(self, tokens: Tokens) -> Callable[[], NDArray[Any]]:

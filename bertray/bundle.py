@@ -50,6 +50,7 @@ class Bundle:
     temperature: float = 1.0
     threshold: float = 0.0
     lengths: tuple[float, ...] = ()
+    ood: Any = None
 
     @property
     def form(self) -> str:

@@ -128,16 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(action=_run, until=until)
     _add_predict(commands, common)
     _add_export(commands, common)
-    command = commands.add_parser(
-        "serve",
-        parents=[common],
-        help="answer over HTTP",
-        description="Serve a bundle with Ray Serve; POST /predict answers.",
-    )
-    command.add_argument("bundle", help="folder of a bundle, such as runs/demo/head")
-    command.add_argument("--host", default="127.0.0.1")
-    command.add_argument("--port", type=int, default=8000)
-    command.set_defaults(action=_serve)
+    _add_serve(commands, common)
     for name, action, text in (
         ("status", _status, "what of a run is done, missing and set aside, and at what speed"),
         ("verify", _verify, "check every shard of a run: checksums, counts, ids, vectors"),
@@ -171,6 +162,44 @@ def _add_predict(commands: Any, common: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a size for Ray, such as ray.workers=4"
     )
     command.set_defaults(action=_predict)
+
+
+def _add_serve(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "serve",
+        parents=[common],
+        help="answer over HTTP, with a page to try it",
+        description="Serve bundles that share an encoder, with Ray Serve. A text is encoded once, and any number of "
+        "heads answer. /docs tells what can be asked.",
+    )
+    command.add_argument(
+        "bundle",
+        nargs="+",
+        metavar="[NAME=]BUNDLE",
+        help="folder of a bundle, such as runs/demo/head; it is called like its run unless given a name",
+    )
+    command.add_argument("--host", default="127.0.0.1", help="to listen on; 0.0.0.0 for all the machine's addresses")
+    command.add_argument("--port", type=int, default=8000)
+    command.add_argument("--heads", default="", metavar="FOLDER", help="that bundles may be put from while it serves")
+    command.add_argument(
+        "--keys",
+        default="",
+        metavar="FILE",
+        help="of API keys, one a line, one of which each request has to carry; also BERTRAY_API_KEYS=KEY,KEY",
+    )
+    command.add_argument(
+        "--cors", action="append", default=[], metavar="ORIGIN", help="of a site whose pages may call it"
+    )
+    command.add_argument("--replicas", default="auto", help="encoder processes; as many as there is room for")
+    command.add_argument(
+        "--limit",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="texts of a request, characters of a text, body (bytes), queue (texts), deadline (seconds), "
+        "cache (bytes of vectors)",
+    )
+    command.set_defaults(action=_serve)
 
 
 def _add_export(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -284,10 +313,12 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from bertray.serve import run
+    from bertray.serve import Settings, limits_of, named, run
     from bertray.spec import RaySizes
 
-    run(options.bundle, options.host, options.port, RaySizes())
+    limits = limits_of(dict(item.partition("=")[::2] for item in options.limit))
+    settings = Settings(options.host, options.port, options.heads, options.keys, tuple(options.cors), limits)
+    run(named(options.bundle), settings, RaySizes(workers=options.replicas))
 
 
 def _status(options: argparse.Namespace) -> dict[str, Any]:

@@ -5,6 +5,7 @@ once and sorted by length inside a large block; a backend runs them in packs wit
 order of the texts. While one block is encoded the next is tokenized.
 """
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -100,16 +101,36 @@ class Encoder:
             os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's own pool
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
         self.features = tuple(wanted) or features(spec.pooling, spec.layers, checkpoint.layers)
-        model = _load(checkpoint, spec, self.features)
-        self.width = len(self.features) * int(model.config.hidden_size)
-        self.tokenizer = Tokenizer(checkpoint.folder, spec.max_length, spec.truncation, spec.overlap, part)
+        model, self._facts = _load(checkpoint)
+        self._facts.check(spec, self.features)
         self.backend = backends.choose(model, spec.precision, self.features, device, threads)
-        self._name, self._stored = checkpoint.name, stored_dtype(spec.precision)
-        self._vocabulary = int(model.config.vocab_size)
-        self._typed = getattr(model.config, "type_vocab_size", 0) > 1
-        self._block = self.backend.block if part == "text" else _BLOCK_OF_WORDS
+        self._checkpoint, self._stored = checkpoint, stored_dtype(spec.precision)
         self._beginning = Lock()
         self._blocks_begun = 0
+        self._read(spec, part)
+
+    def reading(self, spec: EncoderSpec, part: str = "text", wanted: Sequence[Feature] = ()) -> "Encoder":
+        """The same weights, reading texts in another way: with another limit on their length, another part of them
+        becoming vectors, other features of the layers that are loaded.
+
+        Args:
+            spec: its precision is that of the weights, whatever it says.
+
+        Raises:
+            CheckpointError: the checkpoint lacks what the spec asks of it.
+        """
+        other = copy.copy(self)
+        other.features = tuple(wanted) or features(spec.pooling, spec.layers, self._checkpoint.layers)
+        self._facts.check(spec, other.features)
+        other.backend = self.backend.giving(other.features)
+        other._read(spec, part)
+        return other
+
+    def _read(self, spec: EncoderSpec, part: str) -> None:
+        self.width = len(self.features) * self._facts.width
+        folder = self._checkpoint.folder
+        self.tokenizer = Tokenizer(folder, spec.max_length, spec.truncation, spec.overlap, part)
+        self._block = self.backend.block if part == "text" else _BLOCK_OF_WORDS
 
     @property
     def steps(self) -> int:
@@ -238,12 +259,12 @@ class Encoder:
             return partial(_raise, error)
 
     def _begin(self, tokens: Tokens, out: Encoded) -> Callable[[], None]:
-        if tokens.ids.max(initial=0) >= self._vocabulary:
+        if tokens.ids.max(initial=0) >= self._facts.vocabulary:
             raise CheckpointError(
-                f"The tokenizer of {self._name} gives token {tokens.ids.max()}, but its model knows "
-                f"{self._vocabulary}. Give a checkpoint whose tokenizer belongs to it."
+                f"The tokenizer of {self._checkpoint.name} gives token {tokens.ids.max()}, but its model knows "
+                f"{self._facts.vocabulary}. Give a checkpoint whose tokenizer belongs to it."
             )
-        if not self._typed:
+        if not self._facts.typed:
             tokens.types[:] = 0
         lengths, windows = tokens.lengths, tokens.windows
         out.tokens[:] = lengths if windows is None else np.add.reduceat(lengths, windows.first)
@@ -352,8 +373,34 @@ def stored_dtype(precision: str) -> Any:
     return np.float32 if precision == "fp32" else np.float16
 
 
-def _load(checkpoint: Checkpoint, spec: EncoderSpec, features: Sequence[Feature]) -> Any:
-    """The model in float32 on the CPU, whole and fit for what the spec asks."""
+@dataclass(frozen=True)
+class _Facts:
+    """What a checkpoint has: its name, the size of its vectors and vocabulary, how many tokens it can read, whether it
+    tells the texts of a pair apart, whether its pooler is trained."""
+
+    name: str
+    width: int
+    vocabulary: int
+    limit: int | None
+    typed: bool
+    pooler: bool
+
+    def check(self, spec: EncoderSpec, features: Sequence[Feature]) -> None:
+        """Whether it has what is asked of it.
+
+        Raises:
+            CheckpointError: it has not.
+        """
+        if not self.pooler and any(feature.pooling == "pooler" for feature in features):
+            raise CheckpointError(f"{self.name} has no trained pooler. Set encoder.pooling to mean, cls or max.")
+        if self.limit is not None and spec.max_length > self.limit:
+            raise CheckpointError(
+                f"encoder.max_length must be at most {self.limit} for {self.name}. Got {spec.max_length} instead."
+            )
+
+
+def _load(checkpoint: Checkpoint) -> tuple[Any, _Facts]:
+    """The model in float32 on the CPU, without a pooler that was never trained."""
     from transformers import AutoModel
     from transformers.utils import logging
 
@@ -371,12 +418,16 @@ def _load(checkpoint: Checkpoint, spec: EncoderSpec, features: Sequence[Feature]
             f"{checkpoint.name} lacks weights, such as {min(missing - pooler)}. "
             "Give a checkpoint of an encoder of BERT's family."
         )
-    if any(feature.pooling == "pooler" for feature in features) and (pooler or getattr(model, "pooler", None) is None):
-        raise CheckpointError(f"{checkpoint.name} has no trained pooler. Set encoder.pooling to mean, cls or max.")
-    limit = getattr(model.config, "max_position_embeddings", spec.max_length)
-    limit -= first_position(model)
-    if spec.max_length > limit:
-        raise CheckpointError(
-            f"encoder.max_length must be at most {limit} for {checkpoint.name}. Got {spec.max_length} instead."
-        )
-    return model.eval().requires_grad_(False)
+    if pooler:
+        model.pooler = None
+    config = model.config
+    limit = getattr(config, "max_position_embeddings", None)
+    facts = _Facts(
+        checkpoint.name,
+        int(config.hidden_size),
+        int(config.vocab_size),
+        None if limit is None else int(limit) - first_position(model),
+        getattr(config, "type_vocab_size", 0) > 1,
+        getattr(model, "pooler", None) is not None,
+    )
+    return model.eval().requires_grad_(False), facts

@@ -4,6 +4,7 @@ Runs encoders of BERT's own layout (BERT, RoBERTa and XLM-R, ELECTRA, MiniLM, ..
 checkpoints only the loaded model.
 """
 
+import copy
 import ctypes
 import hashlib
 import os
@@ -176,15 +177,31 @@ class NativeBackend:
         self.steps = 0
         self._counting = threading.Lock()
         self.width = int(model.config.hidden_size)
-        self._features = tuple(features)
         self._library = _library()[0]
         self._arrays: list[NDArray[Any]] = []  # what the pointers below point to
         layers = model.encoder.layer[: max(feature.layer for feature in features)]
         self._layers = (_Layer * len(layers))(*map(self._layer, layers))
         self._model = self._laid_out(model)
+        self._give(features)
         self._threads = threads or torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self._threads, "bertray-native")
         self._local = threading.local()
+
+    def giving(self, features: Sequence[Feature]) -> "NativeBackend":
+        """The same weights and threads, giving other features of the layers that are laid out."""
+        other = copy.copy(self)
+        other._give(features)
+        return other
+
+    def _give(self, features: Sequence[Feature]) -> None:
+        layers, poolings = (
+            np.array(each, np.int32)
+            for each in zip(*((feature.layer, _POOLINGS[feature.pooling]) for feature in features), strict=True)
+        )
+        self._features, self._given = tuple(features), (layers, poolings)
+        self._model = _Model.from_buffer_copy(self._model)
+        self._model.layers, self._model.features = int(layers.max()), len(features)
+        self._model.at, self._model.pooling = layers.ctypes.data, poolings.ctypes.data
 
     def start(self, tokens: Tokens) -> Callable[[], NDArray[np.float32]]:
         """Begin to encode texts sorted by falling length; what is returned waits for the vectors of their segments
@@ -232,8 +249,8 @@ class NativeBackend:
     # --- layout -------------------------------------------------------------------------------------------
 
     def _laid_out(self, model: Any) -> _Model:
-        config, embeddings, features = model.config, model.embeddings, self._features
-        pooler = any(feature.pooling == "pooler" for feature in features)
+        config, embeddings = model.config, model.embeddings
+        pooler = getattr(model, "pooler", None)
         return _Model(
             PRECISIONS.index(self.precision),
             _ACTIVATIONS[config.hidden_act],
@@ -247,11 +264,8 @@ class NativeBackend:
             self._floats(embeddings.position_embeddings.weight),
             self._floats(embeddings.token_type_embeddings.weight),
             self._norm(embeddings.LayerNorm),
-            self._linear("fp32", model.pooler.dense) if pooler else _Linear(),
+            self._linear("fp32", pooler.dense) if pooler is not None else _Linear(),
             self._layers,
-            len(features),
-            self._pointer(np.array([feature.layer for feature in features], np.int32)),
-            self._pointer(np.array([_POOLINGS[feature.pooling] for feature in features], np.int32)),
         )
 
     def _layer(self, layer: Any) -> _Layer:

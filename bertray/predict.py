@@ -1,7 +1,7 @@
 """Prediction: texts to answers, one by one in Python or files at a time on Ray."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -55,7 +55,9 @@ class Predictor:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.bundle = bundle
         wanted = list(map(parse, bundle.features))
-        self.encoder = Encoder(checkpoint_of(bundle), _encoder_spec(bundle), device, threads, bundle.part, wanted)
+        self.encoder = Encoder(
+            checkpoint_of(bundle), encoder_spec(bundle.encoder), device, threads, bundle.part, wanted
+        )
 
     def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Predictions:
         """Answer texts, or with `pairs` the pairs (texts[i], pairs[i]): questions and their contexts, where it answers
@@ -69,12 +71,12 @@ class Predictor:
             encoded, _ = pair_texts.encode(self.encoder, texts, pairs)
         else:
             encoded = self.encoder.encode(texts, pairs, words)
-        found = _answers(self.bundle, encoded, texts, pairs)
+        found = answers_to(self.bundle, encoded.vectors, encoded.spans, texts, pairs)
         probabilities = None
         if "probabilities" in found:
             flat = found["probabilities"].flatten().to_numpy()
             probabilities = flat.reshape(len(texts), len(self.bundle.labels))
-        return Predictions(_labels(found), probabilities)
+        return Predictions(labels_of(found), probabilities)
 
     def _checked(
         self, texts: Sequence[Any], pairs: Sequence[str] | None
@@ -110,19 +112,26 @@ def _in_words(texts: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     return joined, words
 
 
-def _answers(bundle: Bundle, encoded: Any, texts: Sequence[str], pairs: Sequence[str] | None) -> dict[str, pa.Array]:
-    """What a bundle answers to what was encoded, as columns (see `answers.columns`)."""
-    vectors, edges, spans = encoded.vectors, None, None
+def answers_to(
+    bundle: Bundle, vectors: Any, spans: Any, texts: Sequence[str], pairs: Sequence[str] | None
+) -> dict[str, pa.Array]:
+    """What a bundle answers to texts that were encoded, as columns (see `answers.columns`).
+
+    Args:
+        vectors, spans: as in `Encoded`, of the bundle's features; of siamese pairs what `related` gives.
+    """
+    edges = None
     if bundle.part != "text":
         width = bundle.head.weight.shape[1] // (OF_TOKENS if bundle.part == "token" else 1)
         edges = np.cumsum([0, *map(len, vectors)])
-        spans = np.concatenate([np.zeros((0, 2), np.int64), *encoded.spans])
+        spans = np.concatenate([np.zeros((0, 2), np.int64), *spans])
         vectors = np.concatenate([np.zeros((0, width), np.float32), *vectors])
     logits, edges, spans = answers.logits(bundle, vectors, edges, spans)
     return answers.columns(bundle, logits, texts, pairs, edges, spans)
 
 
-def _labels(found: dict[str, pa.Array]) -> list[Any]:
+def labels_of(found: dict[str, pa.Array]) -> list[Any]:
+    """Of each text what `Predictions.labels` says."""
     predicted: list[Any] = found["predicted"].to_pylist()
     if "start" not in found:
         return predicted
@@ -162,7 +171,7 @@ def predict_files(
         raise BertrayError(f"{output} is one of the input's files. Give another --output.")
     kind = output.rpartition(".")[2] if output.endswith((".parquet", ".csv", ".jsonl")) else ""
     store = Store(f"{output}.parts" if kind else output)
-    checkpoint, spec = checkpoint_of(bundle), _encoder_spec(bundle)
+    checkpoint, spec = checkpoint_of(bundle), encoder_spec(bundle.encoder)
     made = {**made_by(spec, checkpoint, columns, source.model_dump(), bundle.features), "bundle": bundle.fingerprint}
     split = Split("predictions", cut, columns, store, made)
     with held(store.location) as holder:
@@ -213,7 +222,7 @@ class WithAnswers:
 
     def __call__(self, rows: pa.Table, encoded: Any, features: Sequence[str]) -> pa.Table:
         pairs = rows["text_pair"].to_pylist() if self.bundle.pairs else None
-        found = _answers(self.bundle, encoded, rows["text"].to_pylist(), pairs)
+        found = answers_to(self.bundle, encoded.vectors, encoded.spans, rows["text"].to_pylist(), pairs)
         rows = rows.drop_columns(["label"])
         for name, column in found.items():
             name = _NAMES.get(self.bundle.form, "label") if name == "predicted" else name
@@ -264,8 +273,9 @@ def _flat(table: pa.Table, labels: Sequence[str]) -> pa.Table:
     return table
 
 
-def _encoder_spec(bundle: Bundle) -> EncoderSpec:
-    return encoder_of({name: value for name, value in bundle.encoder.items() if name != "identity"})
+def encoder_spec(encoder: Mapping[str, Any]) -> EncoderSpec:
+    """The encoder section of the spec that a bundle was fitted by, from that of the bundle."""
+    return encoder_of({name: value for name, value in encoder.items() if name != "identity"})
 
 
 def checkpoint_of(bundle: Bundle) -> Checkpoint:

@@ -1,193 +1,438 @@
-"""Serving: a bundle over HTTP on Ray Serve. `POST /predict` labels one text or a list."""
+"""Serving: bundles over HTTP on Ray Serve.
+
+Two deployments. `Encoders` hold the frozen BERT, on whatever nodes and GPUs there are; Ray Serve watches them and
+brings them back. One `Gate` speaks HTTP, packs texts of many requests into batches for them, and applies the heads.
+A request to Ray costs milliseconds, so only batches travel through it; `bertray serve` runs the gate in its own
+process, without Ray's proxies before it, and `serve deploy` as a deployment behind them.
+"""
 
 import asyncio
-import json
 import logging
+import os
+import re
+import signal
 import socket
-import time
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from bertray import bundle as bundles
-from bertray.cluster import connected
-from bertray.errors import BertrayError
-from bertray.predict import Predictor, checkpoint_of
+from bertray import checkpoints
+from bertray.batcher import Batcher, Input, Lost, Read
+from bertray.cluster import connected, plan_workers
+from bertray.errors import BertrayError, ClusterError
+from bertray.features import Feature, parse
+from bertray.monitor import Monitor
+from bertray.predict import checkpoint_of, encoder_spec
+from bertray.progress import log
+from bertray.registry import Reading, Registry
+from bertray.service import Limits, Service
 from bertray.spec import RaySizes
 from bertray.storage import Location
 
-MAX_BATCH = 64
-MAX_INPUTS = 1_000
-MAX_CHARACTERS = 1_000_000
+APP = "bertray"
+_ENCODERS = "Encoders"
+_AT_ONCE = 2  # batches an encoder: while one is encoded, the next is tokenized
+_LOOK_SECONDS = 1.0  # between looks at how many encoders there are
+_READINGS = 16  # ways of reading that an encoder process remembers
+_BACK_OFF = 0.2  # seconds, after an encoder was lost
+_MANY = 1 << 20
+_KEYS = "BERTRAY_API_KEYS"
 
 
-def application(bundle_url: str, threads: int = 0, num_cpus: float = 1, num_gpus: float = 0) -> Any:
-    """A Ray Serve application that answers with a bundle.
+@dataclass(frozen=True)
+class Settings:
+    """How a service is reached. heads: the folder that bundles may be put from; keys: a file of API keys, one a line;
+    origins: of pages that may call it."""
 
-    POST /predict takes {"inputs": TEXT}, {"inputs": [TEXT, ...]} or, for pairs, {"inputs": [[TEXT, PAIR], ...]}
-    and answers as Hugging Face's text-embeddings-inference does: [{"label", "score"}, ...] by falling score for
-    one input, a list of such lists for a list. GET /health and /info tell that it is up and what it serves.
-    """
-    from fastapi import FastAPI, Request
+    host: str = "127.0.0.1"
+    port: int = 8000
+    heads: str = ""
+    keys: str = ""
+    origins: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+
+
+# --- encoders ---------------------------------------------------------------------------------------------
+
+
+class Encoders:
+    """A process that encodes: texts of a reading to their vectors."""
+
+    def __init__(self, encoder: Mapping[str, Any], device: str, threads: int) -> None:
+        """Load the encoder.
+
+        Args:
+            encoder: that section of a bundle.
+        """
+        from bertray.encoder import Encoder
+
+        checkpoint = checkpoints.find(encoder["model"], encoder["revision"])
+        if checkpoint.identity != encoder["identity"]:
+            raise BertrayError(f"{encoder['model']} is on this node in another version than the bundle's.")
+        self._spec = encoder_spec(encoder)
+        every = [Feature("mean", checkpoint.layers)]
+        self._encoder = Encoder(checkpoint, self._spec, device, threads, "text", every)
+        self._readings: dict[Reading, Any] = {}
+        self._loading = threading.Lock()
+        self._broken = ""
+
+    async def encode(self, reading: Reading, inputs: Sequence[Input]) -> tuple[Any, ...]:
+        """Vectors, spans, tokens, whether cut (see `Encoded`) of inputs, and for each that failed the reason."""
+        return await asyncio.to_thread(self._encode, reading, inputs)
+
+    def _encode(self, reading: Reading, inputs: Sequence[Input]) -> tuple[Any, ...]:
+        encoder = self._reading(reading)
+        pairs = None if inputs[0].pair is None else [given.pair or "" for given in inputs]
+        try:
+            found, failed = encoder.encode_rows([given.text for given in inputs], pairs)
+        except Exception as error:  # what is no text's fault
+            self._broken = f"{type(error).__name__}: {error}"
+            raise
+        return found.vectors, found.spans, found.tokens, found.truncated, failed
+
+    def _reading(self, reading: Reading) -> Any:
+        with self._loading:
+            if reading not in self._readings:
+                spec = self._spec.model_copy(
+                    update={name: getattr(reading, name) for name in ("max_length", "truncation", "overlap")}
+                )
+                wanted = list(map(parse, reading.features))
+                while len(self._readings) >= _READINGS:
+                    del self._readings[next(iter(self._readings))]
+                self._readings[reading] = self._encoder.reading(spec, reading.part, wanted)
+            return self._readings[reading]
+
+    def check_health(self) -> None:
+        """Asked by Ray Serve, which replaces what is not well."""
+        if self._broken:
+            raise RuntimeError(self._broken)
+
+
+def _encoders(encoder: Mapping[str, Any], replicas: int, device: str, threads: int, num_cpus: float) -> Any:
     from ray import serve
 
-    from bertray import __version__
-
-    bundles.load(bundle_url)  # a wrong path shows here, not in a replica
-    bundle_url = Location(bundle_url).url  # replicas have another working folder
-    app = FastAPI(title="bertray", version=__version__)
-
-    @serve.deployment(
-        name="bertray",
-        num_replicas=1,
-        max_ongoing_requests=4 * MAX_BATCH,
-        ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
-    )
-    @serve.ingress(app)
-    class Service:
-        def __init__(self) -> None:
-            self.predictor = Predictor(bundles.load(bundle_url), threads=threads)
-
-        @app.post("/predict")
-        async def predict(self, request: Request) -> Any:
-            inputs, single = parse(await request.body(), self.predictor.bundle.pairs)
-            answers = await self.label(inputs)
-            return answers[0] if single else answers
-
-        @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0)
-        async def label(self, requests: list[list[Any]]) -> list[list[Any]]:
-            """Answers to requests of one or more inputs each, encoded together and beside the event loop."""
-            inputs = [item for request in requests for item in request]
-            answers = iter(await asyncio.to_thread(answer, self.predictor, inputs))
-            return [[next(answers) for _ in request] for request in requests]
-
-        @app.get("/health")
-        async def health(self) -> dict[str, str]:
-            return {"status": "ok"}
-
-        @app.get("/info")
-        async def info(self) -> dict[str, Any]:
-            bundle = self.predictor.bundle
-            return {
-                "task": bundle.task,
-                "labels": bundle.labels,
-                "encoder": bundle.encoder["model"],
-                "features": bundle.features,
-                "pairs": bundle.pairs,
-                "fingerprint": bundle.fingerprint,
-            }
-
-    return Service.bind()  # type: ignore[attr-defined]
+    deployment = serve.deployment(
+        name=_ENCODERS,
+        num_replicas=replicas,
+        max_ongoing_requests=_AT_ONCE + 2,  # what is in flight when an answer is on its way back
+        health_check_period_s=2,
+        health_check_timeout_s=60,
+        graceful_shutdown_timeout_s=10,
+        ray_actor_options={"num_cpus": num_cpus, "num_gpus": 1.0 if device == "cuda" else 0.0},
+    )(Encoders)
+    return deployment.bind(dict(encoder), device, threads)
 
 
-def answer(predictor: Predictor, inputs: list[Any]) -> list[Any]:
-    """For each input what Hugging Face's pipelines answer: labels with their scores, the likeliest first; entities; or
-    the answer to a question."""
-    bundle = predictor.bundle
-    texts = [item[0] for item in inputs] if bundle.pairs else inputs
-    pairs = [item[1] for item in inputs] if bundle.pairs else None
-    labels, probabilities = predictor.predict(texts, pairs)
-    if probabilities is not None:
-        names = bundle.labels
-        return [[{"label": names[i], "score": float(row[i])} for i in row.argsort()[::-1]] for row in probabilities]
-    return [_plain(bundle.labels, label) for label in labels]
+class _Fleet:
+    """The encoders, as the gate sees them."""
 
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self.running = 0
+        self._watching: asyncio.Task[None] | None = None
 
-def _plain(names: tuple[str, ...], found: Any) -> Any:
-    if isinstance(found, list):
+    def places(self) -> int:
+        """How many batches they take at once. With none at all one waits there for the first to come back."""
+        return max(1, _AT_ONCE * self.running)
+
+    async def watch(self) -> None:
+        """Look after how many there are, from now on."""
+        await self._look()
+        self._watching = asyncio.get_running_loop().create_task(self._watch())
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            await self._look()
+
+    async def _look(self) -> None:
+        with suppress(Exception):  # the controller restarts, too
+            self.running = await asyncio.to_thread(_running)
+
+    async def encode(self, reading: Reading, inputs: Sequence[Input]) -> list[Read]:
+        """As `batcher.Encode`."""
+        try:
+            vectors, spans, tokens, truncated, failed = await self._handle.encode.remote(reading, list(inputs))
+        except BertrayError:
+            raise
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            log.warning("serve: an encoder was lost: %s", " ".join(str(error).split())[:200])
+            await asyncio.sleep(_BACK_OFF)
+            raise Lost(type(error).__name__) from None
         return [
-            {
-                "entity_group": entity["label"],
-                "score": entity["score"],
-                "word": entity["text"],
-                "start": entity["start"],
-                "end": entity["stop"],
-            }
-            for entity in found
+            Read(np.array(vectors[i]), spans[i], int(tokens[i]), bool(truncated[i]), failed.get(i, ""))
+            for i in range(len(inputs))
         ]
-    if isinstance(found, dict):
-        return {"answer": found["text"], "score": found["score"], "start": found["start"], "end": found["stop"]}
-    return [{"label": names[0], "score": found}]
 
 
-def parse(body: bytes, pairs: bool) -> tuple[list[Any], bool]:
-    """The inputs of a request's body as a list, and whether it was a single one.
+def _running() -> int:
+    from ray import serve
+
+    found = serve.status().applications[APP].deployments[_ENCODERS].replica_states
+    return sum(count for state, count in found.items() if getattr(state, "value", state) == "RUNNING")
+
+
+# --- the gate ---------------------------------------------------------------------------------------------
+
+
+def _service(handle: Any, encoder: Mapping[str, Any], settings: Settings) -> tuple[Service, _Fleet, Monitor]:
+    fleet, monitor = _Fleet(handle), Monitor()
+    limits = settings.limits
+    batcher = Batcher(fleet.encode, fleet.places, monitor, limits.queue, limits.cache)
+    folder = Location(settings.heads) if settings.heads else None
+    return Service(Registry(encoder), batcher, limits, folder), fleet, monitor
+
+
+def _asgi(service: Service, fleet: _Fleet, monitor: Monitor, encoder: Mapping[str, Any], settings: Settings) -> Any:
+    from bertray.api import application
+
+    told = {name: encoder[name] for name in ("model", "revision", "precision")}
+    told["fingerprint"] = encoder["identity"]["weights"][:16]
+    return application(service, monitor, told, lambda: fleet.running > 0, read_keys(settings.keys), settings.origins)
+
+
+class Gate:
+    """The gate as a deployment behind Ray Serve's proxies. Its heads are those of the config's `user_config`; others
+    that are put live as long as its process."""
+
+    async def __init__(  # type: ignore[misc]
+        self, encoders: Any, encoder: Mapping[str, Any], heads: Mapping[str, str], settings: Settings
+    ) -> None:
+        self._encoder, self._settings = encoder, settings
+        self._service, self._fleet, self._monitor = _service(encoders, encoder, settings)
+        await self._fleet.watch()
+        await self._service.replace(heads)
+
+    async def reconfigure(self, config: Mapping[str, Any]) -> None:
+        """Serve the heads of a config, {"heads": {NAME: FOLDER}}, from now on."""
+        if heads := config.get("heads"):
+            await self._service.replace({name: Location(path).url for name, path in heads.items()})
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return _asgi(self._service, self._fleet, self._monitor, self._encoder, self._settings)
+
+
+def build(config: Mapping[str, Any]) -> Any:
+    """The application that a config of `serve deploy` asks for (see jobs/serve.yaml).
+
+    Args:
+        config: heads, {NAME: FOLDER}; and as wanted replicas, threads, num_cpus, device; allow (the folder that
+            bundles may be put from), keys, origins, limits.
+    """
+    from ray import serve
+
+    known = {"heads", "replicas", "threads", "num_cpus", "device", "allow", "keys", "origins", "limits"}
+    if unknown := {*config} - known:
+        raise BertrayError(f"args of bertray.serve:build: {min(unknown)} is not known. Known are {sorted(known)}.")
+    heads = {name: Location(path).url for name, path in config["heads"].items()}
+    encoder = _shared(heads)
+    settings = Settings(
+        heads=config.get("allow", ""),
+        keys=config.get("keys", ""),
+        origins=tuple(config.get("origins", ())),
+        limits=limits_of(config.get("limits", {})),
+    )
+    threads, device = int(config.get("threads", 4)), config.get("device", "cpu")
+    encoders = _encoders(encoder, config.get("replicas", 1), device, threads, float(config.get("num_cpus", threads)))
+    gate = serve.deployment(
+        name="Gate",
+        num_replicas=1,  # its cache, its queue and the heads that are put are those of one process
+        max_ongoing_requests=settings.limits.queue,
+        graceful_shutdown_timeout_s=settings.limits.deadline,
+        ray_actor_options={"num_cpus": 0.5},
+    )(serve.ingress()(Gate))
+    return gate.bind(encoders, encoder, heads, settings)
+
+
+def _shared(urls: Mapping[str, str]) -> dict[str, Any]:
+    """The encoder that bundles have in common.
 
     Raises:
-        HTTPException: 400 for what is not JSON, 422 for JSON of another form, 413 for too much of it.
+        BundleError: there is no such bundle, or they have none.
+        CheckpointError: the encoder cannot be had.
     """
-    from fastapi import HTTPException
-
-    one = '["a text", "its pair"]' if pairs else '"a text"'
-    try:
-        content = json.loads(body)
-    except ValueError:
-        raise HTTPException(400, f'The body must be JSON such as {{"inputs": {one}}}.') from None
-    inputs = content.get("inputs") if isinstance(content, dict) else None
-    if pairs:  # questions, as Hugging Face's pipelines take them
-        inputs = list(map(_as_pair, inputs)) if isinstance(inputs, list) else _as_pair(inputs)
-    single = _is_input(inputs, pairs)
-    listed = [inputs] if single else inputs
-    if not isinstance(listed, list) or not all(_is_input(item, pairs) for item in listed):
-        raise HTTPException(422, f'The body must be {{"inputs": {one}}} or {{"inputs": [{one}, ...]}}.')
-    if len(listed) > MAX_INPUTS:
-        raise HTTPException(413, f"At most {MAX_INPUTS} inputs a request. Got {len(listed)}.")
-    if sum(len(text) for item in listed for text in (item if pairs else [item])) > MAX_CHARACTERS:
-        raise HTTPException(413, f"At most {MAX_CHARACTERS} characters a request.")
-    return listed, single
+    found = {name: bundles.load(url) for name, url in urls.items()}
+    first = next(iter(found.values()))
+    checkpoint_of(first)
+    registry = Registry(first.encoder)
+    for name, bundle in found.items():
+        registry.check(bundle, urls[name])
+    return first.encoder
 
 
-def _as_pair(item: Any) -> Any:
-    asked = isinstance(item, dict) and {"question", "context"} <= {*item}
-    return [item["question"], item["context"]] if asked else item
+def read_keys(path: str) -> tuple[str, ...]:
+    """API keys of a file, one a line (# for comments), and of the environment (BERTRAY_API_KEYS, with commas).
+
+    Raises:
+        BertrayError: the file cannot be read, or holds none.
+    """
+    found = [key.strip() for key in os.environ.get(_KEYS, "").split(",")]
+    if path:
+        try:
+            lines = Location(path).read().decode().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise BertrayError(f"The file of keys {path} cannot be read: {error}.") from None
+        in_file = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+        if not in_file:
+            raise BertrayError(f"The file of keys {path} holds none. Write one a line.")
+        found += in_file
+    return tuple(dict.fromkeys(key for key in found if key))
 
 
-def _is_input(item: Any, pairs: bool) -> bool:
-    """Whether it is one text, or one pair of texts, that can be encoded."""
-    texts = item if pairs else [item]
-    return (
-        isinstance(texts, list)
-        and len(texts) == (2 if pairs else 1)
-        and all(isinstance(text, str) and not any("\ud800" <= c <= "\udfff" for c in text) for text in texts)
-    )
+def limits_of(given: Mapping[str, Any]) -> Limits:
+    """Limits with some of them given, as numbers or text.
+
+    Raises:
+        BertrayError: there is no such limit, or it is no number.
+    """
+    known = asdict(Limits())
+    for name, value in given.items():
+        if name not in known:
+            raise BertrayError(f"There is no limit {name!r}. There are {', '.join(known)}.")
+        try:
+            known[name] = type(known[name])(value)
+        except ValueError:
+            raise BertrayError(f"The limit {name} must be a number. Got {value!r} instead.") from None
+        if known[name] < (0 if name == "cache" else 1):
+            raise BertrayError(f"The limit {name} must be at least 1. Got {value} instead.")
+    return Limits(**known)
 
 
-def run(bundle_url: str, host: str, port: int, sizes: RaySizes) -> None:
-    """Serve a bundle on Ray until interrupted.
+# --- bertray serve ----------------------------------------------------------------------------------------
+
+
+def named(given: Sequence[str]) -> dict[str, str]:
+    """Heads of the command line: name -> URL of NAME=FOLDER, or of a folder, which is called like its run.
+
+    Raises:
+        BertrayError: two have one name, or a name is none.
+    """
+    found: dict[str, str] = {}
+    for item in given:
+        name, equals, path = item.partition("=")
+        if not equals or "/" in name:
+            parts = [part for part in Location(item).url.split("/") if part]
+            name, path = parts[-2] if parts[-1] == "head" and len(parts) > 1 else parts[-1], item
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+            raise BertrayError(f"{name!r} cannot be a head's name. Give one: NAME={path}.")
+        if name in found:
+            raise BertrayError(f"Two heads are called {name}. Give them names: NAME={path}.")
+        found[name] = Location(path).url
+    return found
+
+
+def run(heads: Mapping[str, str], settings: Settings, sizes: RaySizes) -> None:
+    """Serve bundles until interrupted or terminated; then what is begun is answered first.
 
     Raises:
         BertrayError: there is no such bundle, or the port is taken.
     """
-    checkpoint_of(bundles.load(bundle_url))  # what is wrong shows before Ray starts
-    _check_port(host, port)
-    with connected(sizes):
-        _serve(bundle_url, host, port)
+    encoder = _shared(heads)  # what is wrong shows before Ray starts
+    keys = read_keys(settings.keys)
+    if settings.host not in ("127.0.0.1", "::1", "localhost") and not keys:
+        log.warning("Anyone who reaches %s may use this: there are no keys (--keys FILE).", settings.host)
+    with _listening(settings.host, settings.port) as listening, connected(sizes):
+        _run(heads, encoder, settings, sizes, listening)
 
 
-def _serve(bundle_url: str, host: str, port: int) -> None:
-    import ray
+def _run(
+    heads: Mapping[str, str], encoder: Mapping[str, Any], settings: Settings, sizes: RaySizes, listening: socket.socket
+) -> None:
     from ray import serve
 
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    total = ray.cluster_resources()
-    cpus, gpus = max(1, int(total.get("CPU", 1))), int(total.get("GPU", 0))
-    app = application(bundle_url, threads=min(4, cpus), num_cpus=0.5, num_gpus=1 if gpus else 0)
-    serve.start(http_options={"host": host, "port": port})
-    serve.run(app, name="bertray", route_prefix="/")
+    for name in ("ray.serve", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    workers = plan_workers(sizes, _MANY)
+    serve.start(http_options={"location": "NoServer"})
+    encoders = _encoders(encoder, workers.count, workers.device, workers.threads, workers.num_cpus)
+    try:
+        handle = serve.run(encoders, name=APP, route_prefix=None)
+    except Exception as error:
+        raise ClusterError(f"The encoder does not start: {' '.join(str(error).split())[:300]}") from None
+    try:
+        _serve(handle, heads, encoder, settings, listening)
+    finally:
+        serve.shutdown()
+
+
+def _serve(
+    handle: Any, heads: Mapping[str, str], encoder: Mapping[str, Any], settings: Settings, listening: socket.socket
+) -> None:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """Ends when it is told to, by SIGTERM or Ctrl-C, once what is begun is answered; at a second Ctrl-C at once."""
+
+        interrupted = False
+
+        @contextmanager
+        def capture_signals(self) -> Any:
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self.handle_exit, number, None)
+            yield
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            self.force_exit = self.should_exit and sig == signal.SIGINT
+            self.should_exit = True
+            self.interrupted |= sig == signal.SIGINT
+
+    async def serving() -> bool:
+        service, fleet, monitor = _service(handle, encoder, settings)
+        await fleet.watch()
+        await service.replace(heads)
+        config = uvicorn.Config(
+            _asgi(service, fleet, monitor, encoder, settings),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            ws="none",
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=int(settings.limits.deadline) + 1,
+        )
+        server = Server(config)
+        _greet(heads, settings)
+        await server.serve([listening])
+        return server.interrupted
+
+    loops: Callable[[], Any] | None = None
+    with suppress(ImportError):
+        import uvloop
+
+        loops = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=loops) as runner:
+        if runner.run(serving()):
+            raise KeyboardInterrupt
+
+
+def _greet(heads: Mapping[str, str], settings: Settings) -> None:
+    address = f"http://{settings.host}:{settings.port}"
     print(
-        f"Serving {bundle_url} at http://{host}:{port}/predict (Ctrl-C stops it). Try:\n"
-        f'  curl http://{host}:{port}/predict -d \'{{"inputs": "so happy"}}\'',
+        f"Serving {', '.join(heads)} at {address} (Ctrl-C stops it). Open it in a browser, or try:\n"
+        f'  curl {address}/predict -d \'{{"inputs": "so happy"}}\'',
         flush=True,
     )
-    try:
-        while True:
-            time.sleep(3600)
-    finally:
-        serve.delete("bertray")
 
 
-def _check_port(host: str, port: int) -> None:
+@contextmanager
+def _listening(host: str, port: int) -> Any:
+    """A socket that listens there.
+
+    Raises:
+        BertrayError: it cannot.
+    """
     try:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         raise BertrayError(f"Cannot listen on {host}:{port}: {error}. Give another --host or --port.") from None
+    with listening:
+        yield listening

@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -373,12 +374,12 @@ def test_rows_whose_vectors_cannot_be_stored_are_set_aside(tiny, tmp_path):
 def test_a_vocabulary_that_is_too_small_for_one_row(tiny):
     encoder = Encoder(find(str(tiny)), EncoderSpec(pooling="mean"))
     texts = [*short_texts(20), "zebra"]  # token 29145
-    encoder._vocabulary = 29000
+    encoder._facts = replace(encoder._facts, vocabulary=29000)
     encoded, failed = encoder.encode_rows(texts)
     assert list(failed) == [20]
     assert "gives token 29145, but its model knows 29000" in failed[20]
     assert np.isfinite(encoded.vectors).all()
-    encoder._vocabulary = 1000
+    encoder._facts = replace(encoder._facts, vocabulary=1000)
     with pytest.raises(CheckpointError, match="gives token"):
         encoder.encode_rows(texts)
 

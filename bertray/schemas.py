@@ -1,0 +1,376 @@
+"""What goes in and out of the HTTP API: models of bodies, and their description for /openapi.json and /docs."""
+
+from functools import cache
+from importlib import resources
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+
+
+class _In(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Out(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Question(_In):
+    question: StrictStr
+    context: StrictStr
+
+
+_Inputs = Annotated[
+    Any,
+    Field(
+        description="a text or a list of texts; for heads on pairs a pair or a list of pairs; for heads on questions "
+        "{question, context} or a list of those",
+        json_schema_extra={
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}},
+                {
+                    "type": "array",
+                    "items": {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 2},
+                },
+                {"$ref": "#/components/schemas/Question"},
+                {"type": "array", "items": {"$ref": "#/components/schemas/Question"}},
+            ]
+        },
+    ),
+]
+_TopK = Annotated[StrictInt | None, Field(ge=1, description="so many labels at most; left out, all of them")]
+_Raw = Annotated[StrictBool, Field(description="logits for probabilities")]
+_Truncate = Annotated[
+    StrictBool, Field(description="whether texts that are too long may be cut; else they are refused")
+]
+_Texts = Annotated[StrictStr | list[StrictStr], Field(description="a text or a list of texts")]
+
+
+class PredictHead(_In):
+    inputs: _Inputs
+    top_k: _TopK = None
+    raw_scores: _Raw = False
+    truncate: _Truncate = True
+    ood: StrictBool = Field(False, description="tell how unlike the head's training texts each text is")
+
+    model_config = ConfigDict(json_schema_extra={"example": {"inputs": "this is great news!"}})
+
+
+class Predict(_In):
+    inputs: _Inputs
+    top_k: _TopK = None
+    raw_scores: _Raw = False
+    truncate: _Truncate = True
+    heads: list[StrictStr] | None = Field(None, description="which heads answer; left out, the default one")
+    parameters: dict[str, Any] | None = Field(None, description="as clients of Hugging Face's pipelines send them")
+
+    model_config = ConfigDict(json_schema_extra={"example": {"inputs": "this is great news!"}})
+
+
+class Explain(_In):
+    inputs: _Inputs
+
+    model_config = ConfigDict(json_schema_extra={"example": {"inputs": "this is great news!"}})
+
+
+class Put(_In):
+    bundle: StrictStr = Field(description="a bundle's folder below that of --heads")
+
+    model_config = ConfigDict(json_schema_extra={"example": {"bundle": "mood/head"}})
+
+
+class Embed(_In):
+    inputs: _Texts
+    normalize: StrictBool = Field(True, description="to length 1")
+    truncate: _Truncate = False
+
+    model_config = ConfigDict(json_schema_extra={"example": {"inputs": "this is great news!"}})
+
+
+class Embeddings(_In):
+    input: _Texts
+    model: StrictStr = Field(description="the encoder's name, or that of a head whose vectors are wanted")
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: StrictInt | None = Field(None, description="vectors cannot be shortened: their own width, or left out")
+    user: StrictStr | None = Field(None, description="taken, and not looked at")
+
+    model_config = ConfigDict(json_schema_extra={"example": {"input": "this is great news!", "model": "mood"}})
+
+
+class Score(_Out):
+    label: str
+    score: float
+
+
+class Entity(_Out):
+    entity_group: str
+    score: float
+    word: str
+    start: int
+    end: int
+
+
+class Answer(_Out):
+    answer: str
+    score: float
+    start: int
+    end: int
+
+
+class Ood(_Out):
+    distance: float = Field(description="of Mahalanobis, to the nearest class")
+    threshold: float = Field(description="one in a hundred training texts is farther")
+    outlier: bool
+
+
+class Prediction(_Out):
+    """What a head predicts for an input: some of these, by its kind."""
+
+    label: str | None = Field(None, description="null where the head is not sure enough")
+    labels: list[str] = Field([], description="of a head with several labels a text")
+    scores: list[Score] = Field([], description="the likeliest first")
+    value: float = Field(0, description="of a regression")
+    entities: list[Entity] = Field([], description="of a head on words; start and end in characters")
+    answer: str = Field("", description="of a head on questions; empty for none")
+    score: float = 0
+    start: int = 0
+    end: int = 0
+    truncated: bool
+    ood: Ood | None = None
+
+
+class Predictions(_Out):
+    head: str
+    version: int
+    task: str
+    problem: str
+    predictions: list[Prediction]
+
+
+class ByHead(_Out):
+    heads: dict[str, Predictions]
+
+
+class Word(_Out):
+    text: str
+    start: int
+    end: int
+    weight: float = Field(description="by how much the score falls without it")
+
+
+class Explanation(_Out):
+    head: str
+    version: int
+    label: str
+    score: float
+    method: Literal["occlusion"]
+    words: list[Word]
+
+
+class Card(_Out):
+    name: str
+    version: int
+    task: str
+    problem: str
+    labels: list[str]
+    pairs: bool
+    features: list[str]
+    threshold: float
+    ood: bool
+    explain: bool
+    bundle: str
+    fingerprint: str
+    previous: int | None
+
+
+class Cards(_Out):
+    default: str
+    heads: list[Card]
+
+
+class Embedding(_Out):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(_Out):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(_Out):
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: Usage
+
+
+class ModelCard(_Out):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(_Out):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Status(_Out):
+    status: str
+
+
+class EncoderInfo(_Out):
+    model: str
+    revision: str
+    fingerprint: str
+    precision: str
+
+
+class Info(_Out):
+    version: str
+    encoder: EncoderInfo
+    heads: list[str]
+    limits: dict[str, float]
+    keys: bool
+
+
+class Error(_Out):
+    error: str
+    error_type: str
+
+
+class OpenAIError(_Out):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIErrors(_Out):
+    error: OpenAIError
+
+
+_Plain = list[Score] | list[Entity] | Answer | list[list[Score]] | list[list[Entity]] | list[Answer]
+_REASONS = {
+    400: "the body is not JSON",
+    401: "a key is needed",
+    403: "not allowed",
+    404: "there is no such head",
+    408: "the body came too slowly",
+    409: "there is no such version, or it is the last head",
+    413: "more than is allowed; the error says how much that is",
+    422: "the body has another form; the error says which",
+    429: "too much waits already: try again after Retry-After seconds",
+    503: "no encoder is ready: try again after Retry-After seconds",
+    504: "not answered in time",
+}
+_OF_A_TEXT = (400, 403, 404, 408, 413, 422, 429, 503, 504)
+
+
+def _route(
+    summary: str,
+    tag: str,
+    out: Any = None,
+    body: type[BaseModel] | None = None,
+    refused: tuple[int, ...] = (),
+    **more: Any,
+) -> dict[str, Any]:
+    error = OpenAIErrors if out in (EmbeddingList, ModelList) else Error
+    route: dict[str, Any] = {
+        "summary": summary,
+        "tags": [tag],
+        "responses": {status: {"model": error, "description": _REASONS[status]} for status in refused},
+        **more,
+    }
+    if out is not None:
+        route["responses"][200] = {"model": out, "description": "answered"}
+    if body is not None:
+        schema = {"$ref": f"#/components/schemas/{body.__name__}"}
+        route["openapi_extra"] = {
+            "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}
+        }
+    return route
+
+
+_CREATED = {201: {"model": Card, "description": "a new head is served"}}
+ROUTES: dict[tuple[str, str], dict[str, Any]] = {
+    ("POST", "/predict"): _route(
+        "Labels, entities or answers of the default head, or of several",
+        "predict",
+        _Plain | ByHead,
+        Predict,
+        _OF_A_TEXT,
+    ),
+    ("POST", "/"): _route("The same, as Hugging Face's clients ask", "predict", _Plain | ByHead, Predict, _OF_A_TEXT),
+    ("POST", "/v1/heads/{name}/predict"): _route(
+        "What a head predicts", "predict", Predictions, PredictHead, _OF_A_TEXT
+    ),
+    ("POST", "/v1/heads/{name}/explain"): _route(
+        "How much each word counted for a head's answer", "predict", Explanation, Explain, _OF_A_TEXT
+    ),
+    ("GET", "/v1/heads"): _route("The heads that are served", "heads", Cards),
+    ("PUT", "/v1/heads/{name}"): _route("Serve a bundle under a name from now on", "heads", Card, Put, _OF_A_TEXT),
+    ("DELETE", "/v1/heads/{name}"): _route(
+        "Serve a head no longer", "heads", None, None, (403, 404, 409), status_code=204
+    ),
+    ("POST", "/v1/heads/{name}/rollback"): _route("Serve the version before", "heads", Card, None, (403, 404, 409)),
+    ("POST", "/embed"): _route("Vectors, as text-embeddings-inference", "embed", list[list[float]], Embed, _OF_A_TEXT),
+    ("POST", "/v1/embeddings"): _route("Vectors, as OpenAI", "embed", EmbeddingList, Embeddings, _OF_A_TEXT),
+    ("GET", "/v1/models"): _route("What /v1/embeddings takes for a model", "embed", ModelList),
+    ("GET", "/health"): _route("Whether the service lives", "service", Status),
+    ("GET", "/ready"): _route("Whether it can answer", "service", Status, None, (503,)),
+    ("GET", "/info"): _route("What is served, and the limits of requests", "service", Info),
+}
+ROUTES["PUT", "/v1/heads/{name}"]["responses"] |= _CREATED
+_BODIES = (Question, Predict, PredictHead, Explain, Put, Embed, Embeddings)
+
+
+def example(model: type[BaseModel]) -> str:
+    """A body of that form."""
+    import json
+
+    return json.dumps(model.model_json_schema()["example"])
+
+
+def describe(app: FastAPI, keyed: bool) -> None:
+    """Make /openapi.json tell of the bodies, and of keys where they are needed."""
+
+    @cache
+    def openapi() -> dict[str, Any]:
+        found = FastAPI.openapi(app)
+        schemas = found.setdefault("components", {}).setdefault("schemas", {})
+        for model in _BODIES:
+            schemas[model.__name__] = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        for name in ("HTTPValidationError", "ValidationError"):  # the framework's own, which is never sent
+            schemas.pop(name, None)
+        for path, methods in found["paths"].items():
+            for route in methods.values():
+                told = route["responses"]
+                if "HTTPValidationError" in str(told.get("422", "")):
+                    del told["422"]
+                if keyed and path not in ("/health", "/ready"):
+                    route["security"] = [{"key": []}]
+                    told["401"] = {
+                        "description": _REASONS[401],
+                        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+                    }
+        if keyed:
+            found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        return found
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def page(openapi: dict[str, Any]) -> bytes:
+    """/docs: what /openapi.json tells, for people."""
+    from jinja2 import Environment
+
+    text = (resources.files("bertray") / "templates" / "docs.html").read_text()
+    return (
+        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(text).render(**openapi).encode()
+    )
