@@ -11,6 +11,7 @@ import hmac
 import math
 import re
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from importlib import resources
 from typing import Any, TypeVar
@@ -528,7 +529,9 @@ def _refused(error: Exception) -> Refused:
         return Refused(504, str(error))
     if isinstance(error, Unavailable):
         return Refused(503, str(error), retry_after="5")
-    log.error("serve: %s: %s", type(error).__name__, " ".join(str(error).split())[:300])
+    # Where it happened, and not what it says, which may be a user's text.
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    log.error("serve: %s in %s, line %s: a bug of ours", type(error).__name__, place.filename, place.lineno)
     return Refused(500, "This is a mistake of the service. Its log tells more.")
 
 

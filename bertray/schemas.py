@@ -1,5 +1,6 @@
 """What goes in and out of the HTTP API: models of bodies, and their description for /openapi.json and /docs."""
 
+import json
 from functools import cache
 from importlib import resources
 from typing import Annotated, Any, Literal
@@ -16,11 +17,11 @@ class _Out(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Question(_In):
-    question: StrictStr
-    context: StrictStr
-
-
+_QUESTION = {
+    "type": "object",
+    "properties": {"question": {"type": "string"}, "context": {"type": "string"}},
+    "required": ["question", "context"],
+}
 _Inputs = Annotated[
     Any,
     Field(
@@ -34,8 +35,8 @@ _Inputs = Annotated[
                     "type": "array",
                     "items": {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 2},
                 },
-                {"$ref": "#/components/schemas/Question"},
-                {"type": "array", "items": {"$ref": "#/components/schemas/Question"}},
+                _QUESTION,
+                {"type": "array", "items": _QUESTION},
             ]
         },
     ),
@@ -327,14 +328,12 @@ ROUTES: dict[tuple[str, str], dict[str, Any]] = {
     ("GET", "/info"): _route("What is served, and the limits of requests", "service", Info),
 }
 ROUTES["PUT", "/v1/heads/{name}"]["responses"] |= _CREATED
-_BODIES = (Question, Predict, PredictHead, Explain, Put, Embed, Embeddings)
+_BODIES = (Predict, PredictHead, Explain, Put, Embed, Embeddings)
 
 
 def example(model: type[BaseModel]) -> str:
     """A body of that form."""
-    import json
-
-    return json.dumps(model.model_json_schema()["example"])
+    return json.dumps(model.model_config["json_schema_extra"]["example"])  # type: ignore[call-overload,index]
 
 
 def describe(app: FastAPI, keyed: bool) -> None:

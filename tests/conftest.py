@@ -3,7 +3,16 @@
 import csv
 import json
 import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -77,11 +86,94 @@ def demo(tmp_path_factory, ray_cluster):
         return bertray.run("jobs/specs/demo.yaml", overrides=[f"output={tmp_path_factory.mktemp('demo')}"])
 
 
+def topics_of(bundle):
+    """A bundle that gives texts several labels, made by hand from one that gives one."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    from bertray.heads import LinearHead
+
+    weight = np.random.default_rng(0).standard_normal((4, bundle.head.weight.shape[1])).astype(np.float32)
+    head = LinearHead(weight, np.zeros(4, np.float32))
+    labels = ("family", "health", "travel", "work")
+    return replace(bundle, problem="multi_label", labels=labels, head=head, threshold=0.0, fingerprint="topics")
+
+
+@contextmanager
+def serving(*arguments, environment=None):
+    """`bertray serve` as a process of its own: its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "bertray.cli", "serve", *map(str, arguments), "--port", str(port)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(environment or {})}
+    )
+    lines = []
+
+    def read():
+        lines.extend(process.stdout)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_until(lambda: answers(f"{address}/ready"), 90, lambda: "".join(lines), process)
+        yield SimpleNamespace(address=address, process=process, lines=lines)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def answers(url):
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def wait_until(is_true, seconds, told=lambda: "", process=None):
+    """Wait for something to become true."""
+    end = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < end and (process is None or process.poll() is None), told()
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="session")
+def service(demo, tmp_path_factory):
+    """`bertray serve` of the demo's head `mood` and a head `topics` with several labels, as a process of its own.
+
+    address: where it answers; folder: that heads may be put from, with bundles mood/head, topics/head and other/head
+    (of the same labels as mood, with other answers).
+    """
+    from dataclasses import replace
+
+    from bertray import bundle as bundles
+    from bertray.heads import LinearHead
+
+    folder = tmp_path_factory.mktemp("heads")
+    mood = bundles.load(demo["bundle"])
+    other = LinearHead(-mood.head.weight, -mood.head.bias)
+    for name, bundle in (
+        ("mood", mood),
+        ("topics", topics_of(mood)),
+        ("other", replace(mood, head=other, fingerprint="other")),
+    ):
+        bundles.save(bundle, str(folder / name / "head"))
+    with serving(folder / "mood" / "head", folder / "topics" / "head", "--heads", folder) as running:
+        running.folder = folder
+        yield running
+
+
 @pytest.fixture(scope="session")
 def s3():
     """A real S3 server on loopback, with a bucket `box`."""
-    import socket
-
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -122,8 +214,6 @@ def read_jsonl(path):
 
 def with_vectors(rows, vectors, names=("mean_6",)):
     """A table with vectors, as a store's shards hold them."""
-    from types import SimpleNamespace
-
     from bertray import vectors as columns
 
     return columns.with_vectors(rows, SimpleNamespace(vectors=vectors), names)
