@@ -300,7 +300,7 @@ def limits_of(given: Mapping[str, Any]) -> Limits:
             known[name] = type(known[name])(value)
         except ValueError:
             raise BertrayError(f"The limit {name} must be a number. Got {value!r} instead.") from None
-        if known[name] < (0 if name == "cache" else 1):
+        if known[name] < 0 or (known[name] < 1 and type(known[name]) is int and name != "cache"):
             raise BertrayError(f"The limit {name} must be at least 1. Got {value} instead.")
     return Limits(**known)
 

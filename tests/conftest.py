@@ -108,7 +108,11 @@ def serving(*arguments, environment=None):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "bertray.cli", "serve", *map(str, arguments), "--port", str(port)]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(environment or {})}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "BERTRAY_TEST": str(port), **(environment or {})},
     )
     lines = []
 

@@ -10,11 +10,12 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, wait_until
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -80,6 +81,39 @@ def test_the_whole_job_is_submitted(cluster):
     bad = submit(cluster, "jobs/embed.py", "jobs/specs/demo.yaml", "--set", "head.lr=x")
     assert bad.returncode != 0
     assert "head.lr must be a number above 0" in bad.stdout + bad.stderr
+
+
+def test_a_service_is_deployed_and_its_heads_are_swapped_by_its_config(cluster, demo, tmp_path):
+    config = yaml.safe_load((ROOT / "jobs" / "serve.yaml").read_text())
+    port = config["http_options"]["port"] = free_port()
+    (application,) = config["applications"]
+    (gate,) = application["deployments"]
+    application["args"] |= {"heads": {"mood": demo["bundle"]}, "num_cpus": 0.5}
+
+    def deploy(*names):
+        gate["user_config"] = {"heads": {name: demo["bundle"] for name in names}}
+        (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
+        command = [str(Path(RAY).with_name("serve")), "deploy", str(tmp_path / "serve.yaml")]
+        address = {"RAY_DASHBOARD_ADDRESS": cluster["RAY_API_SERVER_ADDRESS"]}
+        done = subprocess.run(command, env=cluster | address, cwd=ROOT, capture_output=True, text=True, timeout=90)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def served():
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/heads", timeout=5) as got,
+        ):
+            return [head["name"] for head in json.load(got)["heads"]]
+
+    deploy("mood")
+    wait_until(lambda: served() == ["mood"], 120)
+    body = json.dumps({"inputs": "this is great news!"}).encode()
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/predict", body, timeout=60) as answer:
+        assert json.load(answer)[0]["label"] == "positive"
+    deploy("mood", "second")
+    wait_until(lambda: served() == ["mood", "second"], 60)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/heads/second/predict", body, timeout=60) as answer:
+        assert json.load(answer)["predictions"][0]["label"] == "positive"
 
 
 def test_without_a_token_the_cluster_refuses(cluster, tmp_path):

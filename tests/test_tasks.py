@@ -2,13 +2,12 @@
 
 import json
 import random
-import socket
 import urllib.request
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import MINILM, demo_rows
+from conftest import MINILM, demo_rows, serving
 
 import bertray
 from bertray.predict import predict_files
@@ -350,25 +349,19 @@ def test_files_say_what_python_says(request, tmp_path, kind, format):
         assert found == expected
 
 
+KINDS = ["words", "questions", "several", "numbers", "pairs"]
+
+
 @pytest.fixture(scope="module")
-def port(ray_cluster):
-    """Of a Ray Serve that hosts what a test deploys."""
-    from ray import serve
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        number = free.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": number})
-    yield number
-    serve.shutdown()
+def address(request):
+    """Of one service with a head of every kind, on one encoder."""
+    summaries = {kind: request.getfixturevalue(kind)[0] for kind in KINDS}
+    with serving(*(f"{kind}={summary['bundle']}" for kind, summary in summaries.items())) as running:
+        yield running.address
 
 
-@pytest.mark.parametrize("kind", ["words", "questions", "several", "numbers", "pairs"])
-def test_what_is_served_is_what_python_says(request, port, kind):
-    from ray import serve
-
-    from bertray.serve import application
-
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_served_is_what_python_says(request, address, kind):
     summary, *_ = request.getfixturevalue(kind)
     context = next(asked(1, 9))["context"]
     inputs = {
@@ -376,10 +369,9 @@ def test_what_is_served_is_what_python_says(request, port, kind):
         "questions": {"question": "Who works there?", "context": context},
         "pairs": ["so happy", "so sad"],
     }.get(kind, "so sad about my work at home")
-    serve.run(application(summary["bundle"], num_cpus=0.1), name="bertray", route_prefix="/")
     body = json.dumps({"inputs": inputs}).encode()
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/predict", body, timeout=60) as response:
-        answer = json.load(response)
+    with urllib.request.urlopen(f"{address}/v1/heads/{kind}/predict", body, timeout=60) as response:
+        (answer,) = json.load(response)["predictions"]
     predictor = bertray.load(summary["bundle"])
     if kind == "questions":
         (expected,) = predictor.predict(["Who works there?"], [context]).labels
@@ -388,9 +380,10 @@ def test_what_is_served_is_what_python_says(request, port, kind):
     texts = ([inputs[0]], [inputs[1]]) if kind == "pairs" else (inputs,)
     labels, probabilities = predictor.predict(*texts)
     if kind == "words":
-        found = [(entity["entity_group"], entity["start"], entity["end"]) for entity in answer]
+        found = [(entity["entity_group"], entity["start"], entity["end"]) for entity in answer["entities"]]
         assert found == [(entity["label"], entity["start"], entity["stop"]) for entity in labels[0]]
     elif kind == "numbers":
-        assert answer == [{"label": "mood", "score": pytest.approx(labels[0], abs=1e-4)}]
+        assert answer["value"] == pytest.approx(labels[0], abs=1e-4)
     else:
-        assert answer[0]["score"] == pytest.approx(float(probabilities[0].max()), abs=1e-4)
+        assert answer["scores"][0]["score"] == pytest.approx(float(probabilities[0].max()), abs=1e-4)
+        assert answer["labels" if kind == "several" else "label"] == labels[0]
