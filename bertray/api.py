@@ -29,7 +29,7 @@ from bertray.errors import BertrayError, BundleError
 from bertray.monitor import Monitor
 from bertray.progress import log
 from bertray.registry import Head, Shelf
-from bertray.service import Options, Service, TooMuch, Wrong, check_text, inputs_of
+from bertray.service import Options, Service, TooMuch, Wrong, check_length, inputs_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _OPEN = {"/", "/health", "/ready"}  # without a key, and /static/
@@ -188,9 +188,11 @@ class _Api:
     async def _counted(
         self, shelf: Shelf, head: Head, inputs: Sequence[Input], options: Options
     ) -> list[dict[str, Any]]:
+        begun = time.perf_counter()
         found = await self.service.predict(shelf, head, inputs, options, self.limits.deadline)
+        seconds = time.perf_counter() - begun
         unsure = sum("label" in prediction and prediction["label"] is None for prediction in found)
-        self.monitor.predicted(head.name, head.version, len(found), unsure)
+        self.monitor.predicted(head.name, head.version, len(found), unsure, seconds)
         if options.ood and head.bundle.ood is not None:
             self.monitor.judged(head.name, len(found), sum(prediction["ood"]["outlier"] for prediction in found))
         return found
@@ -306,7 +308,7 @@ class _Api:
         if len(texts) > self.limits.texts:
             raise TooMuch(f"At most {self.limits.texts} texts a request. Got {len(texts)}: send several requests.")
         for number, text in enumerate(texts):
-            check_text(text, f"{place}[{number}]", self.limits)
+            check_length(text, f"{place}[{number}]", self.limits)
         return [Input(text) for text in texts]
 
     async def models(self) -> Response:

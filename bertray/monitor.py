@@ -24,6 +24,7 @@ class Monitor:
         self._requests = counter("requests", "requests answered, by route and status", "route", "status")
         self._latency = histogram("request_seconds", "from a request's arrival to its answer", _SECONDS, "route")
         self._answers = counter("answers", "inputs that a head answered", "head", "version")
+        self._head_latency = histogram("head_seconds", "from a head's inputs to its answers", _SECONDS, "head")
         self._abstained = counter("abstained", "inputs that a head was not sure enough of", "head")
         self._outliers = counter("outliers", "inputs unlike a head's training texts", "head")
         self._judged = counter("judged", "inputs that were held against a head's training texts", "head")
@@ -52,8 +53,9 @@ class Monitor:
         """A request was answered with an error of that kind."""
         self._errors.labels(kind).inc()
 
-    def predicted(self, head: str, version: int, inputs: int, abstained: int) -> None:
+    def predicted(self, head: str, version: int, inputs: int, abstained: int, seconds: float) -> None:
         """A head answered inputs."""
+        self._head_latency.labels(head).observe(seconds)
         self._answers.labels(head, str(version)).inc(inputs)
         self._abstained.labels(head).inc(abstained)
 

@@ -34,7 +34,6 @@ from bertray.service import Limits, Service
 from bertray.spec import RaySizes
 from bertray.storage import Location
 
-APP = "bertray"
 _ENCODERS = "Encoders"
 _AT_ONCE = 2  # batches an encoder: while one is encoded, the next is tokenized
 _LOOK_SECONDS = 1.0  # between looks at how many encoders there are
@@ -129,10 +128,10 @@ def _encoders(encoder: Mapping[str, Any], replicas: int, device: str, threads: i
 
 
 class _Fleet:
-    """The encoders, as the gate sees them."""
+    """The encoders of an application, as the gate sees them."""
 
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
+    def __init__(self, handle: Any, app: str) -> None:
+        self._handle, self._app = handle, app
         self.running = 0
         self._watching: asyncio.Task[None] | None = None
 
@@ -152,7 +151,7 @@ class _Fleet:
 
     async def _look(self) -> None:
         with suppress(Exception):  # the controller restarts, too
-            self.running = await asyncio.to_thread(_running)
+            self.running = await asyncio.to_thread(_running, self._app)
 
     async def encode(self, reading: Reading, inputs: Sequence[Input]) -> list[Read]:
         """As `batcher.Encode`."""
@@ -172,18 +171,18 @@ class _Fleet:
         ]
 
 
-def _running() -> int:
+def _running(app: str) -> int:
     from ray import serve
 
-    found = serve.status().applications[APP].deployments[_ENCODERS].replica_states
+    found = serve.status().applications[app].deployments[_ENCODERS].replica_states
     return sum(count for state, count in found.items() if getattr(state, "value", state) == "RUNNING")
 
 
 # --- the gate ---------------------------------------------------------------------------------------------
 
 
-def _service(handle: Any, encoder: Mapping[str, Any], settings: Settings) -> tuple[Service, _Fleet, Monitor]:
-    fleet, monitor = _Fleet(handle), Monitor()
+def _service(handle: Any, app: str, encoder: Mapping[str, Any], settings: Settings) -> tuple[Service, _Fleet, Monitor]:
+    fleet, monitor = _Fleet(handle, app), Monitor()
     limits = settings.limits
     batcher = Batcher(fleet.encode, fleet.places, monitor, limits.queue, limits.cache)
     folder = Location(settings.heads) if settings.heads else None
@@ -205,8 +204,11 @@ class Gate:
     async def __init__(  # type: ignore[misc]
         self, encoders: Any, encoder: Mapping[str, Any], heads: Mapping[str, str], settings: Settings
     ) -> None:
+        from ray import serve
+
         self._encoder, self._settings = encoder, settings
-        self._service, self._fleet, self._monitor = _service(encoders, encoder, settings)
+        app = serve.get_replica_context().app_name
+        self._service, self._fleet, self._monitor = _service(encoders, app, encoder, settings)
         await self._fleet.watch()
         await self._service.replace(heads)
 
@@ -334,12 +336,17 @@ def run(heads: Mapping[str, str], settings: Settings, sizes: RaySizes) -> None:
     Raises:
         BertrayError: there is no such bundle, or the port is taken.
     """
+    signal.signal(signal.SIGTERM, _terminated)
     encoder = _shared(heads)  # what is wrong shows before Ray starts
     keys = read_keys(settings.keys)
     if settings.host not in ("127.0.0.1", "::1", "localhost") and not keys:
         log.warning("Anyone who reaches %s may use this: there are no keys (--keys FILE).", settings.host)
     with _listening(settings.host, settings.port) as listening, connected(sizes):
         _run(heads, encoder, settings, sizes, listening)
+
+
+def _terminated(signum: int, frame: Any) -> None:
+    raise SystemExit(128 + signum)  # on the way out all that was started is stopped
 
 
 def _run(
@@ -350,20 +357,28 @@ def _run(
     for name in ("ray.serve", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
     workers = plan_workers(sizes, _MANY)
+    app = f"bertray-{settings.port}"  # others may serve on the same cluster
     serve.start(http_options={"location": "NoServer"})
-    encoders = _encoders(encoder, workers.count, workers.device, workers.threads, workers.num_cpus)
     try:
-        handle = serve.run(encoders, name=APP, route_prefix=None)
-    except Exception as error:
-        raise ClusterError(f"The encoder does not start: {' '.join(str(error).split())[:300]}") from None
-    try:
-        _serve(handle, heads, encoder, settings, listening)
+        encoders = _encoders(encoder, workers.count, workers.device, workers.threads, workers.num_cpus)
+        try:
+            handle = serve.run(encoders, name=app, route_prefix=None)
+        except Exception as error:
+            raise ClusterError(f"The encoder does not start: {' '.join(str(error).split())[:300]}") from None
+        _serve(handle, app, heads, encoder, settings, listening)
     finally:
-        serve.shutdown()
+        serve.delete(app)
+        if not serve.status().applications:
+            serve.shutdown()
 
 
 def _serve(
-    handle: Any, heads: Mapping[str, str], encoder: Mapping[str, Any], settings: Settings, listening: socket.socket
+    handle: Any,
+    app: str,
+    heads: Mapping[str, str],
+    encoder: Mapping[str, Any],
+    settings: Settings,
+    listening: socket.socket,
 ) -> None:
     import uvicorn
 
@@ -385,7 +400,7 @@ def _serve(
             self.interrupted |= sig == signal.SIGINT
 
     async def serving() -> bool:
-        service, fleet, monitor = _service(handle, encoder, settings)
+        service, fleet, monitor = _service(handle, app, encoder, settings)
         await fleet.watch()
         await service.replace(heads)
         config = uvicorn.Config(

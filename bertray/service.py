@@ -84,22 +84,19 @@ def inputs_of(bundle: Bundle, given: Any, limits: Limits) -> tuple[list[Input], 
         if texts is None:
             raise Wrong(f"{_form(bundle)} Got another thing at inputs[{place}].")
         for text in texts:
-            check_text(text, f"inputs[{place}]", limits)
+            check_length(text, f"inputs[{place}]", limits)
         found.append(Input(texts[0], texts[1] if paired else None))
     return found, single
 
 
-def check_text(text: str, place: str, limits: Limits) -> None:
-    """Whether a text can be encoded.
+def check_length(text: str, place: str, limits: Limits) -> None:
+    """Whether a text may be so long.
 
     Raises:
-        Wrong: it is not Unicode.
-        TooMuch: it is longer than allowed.
+        TooMuch: it may not.
     """
     if len(text) > limits.characters:
         raise TooMuch(f"At most {limits.characters} characters a text. Got {len(text)} in {place}.")
-    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise Wrong(f"{place} holds half of a surrogate pair, which is no text.")
 
 
 def _texts(item: Any, paired: bool) -> list[str] | None:
