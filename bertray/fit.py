@@ -198,7 +198,10 @@ def _familiar(samples: Samples, wanted: Wanted, choice: Choice, seed: int, share
     if share.rank:
         return None
     found = ood.fit(vectors, classes[rows], seed)
-    log.info("fitting: what %d rows look like, learned in %.1f s", len(rows), time.perf_counter() - started)
+    if found:
+        log.info("fitting: what %d rows look like, learned in %.1f s", len(rows), time.perf_counter() - started)
+    else:
+        log.info("fitting: %d rows are too few or too much the same to tell what is unlike them", len(rows))
     return found
 
 
