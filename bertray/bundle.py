@@ -1,20 +1,24 @@
 """The bundle: what a user takes home. Head weights as safetensors, one JSON, a model card; no code, no pickles.
 
-head.safetensors   weight [classes, width], bias [classes]
-bundle.json        the fields of Bundle but the head
+head.safetensors   weight [classes, width], bias [classes]; where texts have vectors ood.centre, ood.map and ood.means
+                   (see `ood.Familiar`)
+bundle.json        the fields of Bundle but these
 README.md          the model card
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from bertray.annotations import form_of, part_of
 from bertray.errors import BundleError
 from bertray.heads import LinearHead
+from bertray.ood import SHARE, Familiar
 from bertray.storage import Location
 
 VERSION = 2
+_OOD = ("centre", "map", "means")  # arrays of a Familiar
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Bundle:
     threshold: how sure the head has to be: below that probability a row gets no label. Of a question: by how much no
         answer has to be likelier than the best one, in logits.
     lengths: of answers to questions: the log of how probable those of 1, 2, ... tokens are.
+    ood: what the training rows look like, to tell texts that are unlike them; None where words have vectors, and in
+        bundles from before there was such a thing.
     """
 
     task: str
@@ -50,7 +56,7 @@ class Bundle:
     temperature: float = 1.0
     threshold: float = 0.0
     lengths: tuple[float, ...] = ()
-    ood: Any = None
+    ood: Familiar | None = None
 
     @property
     def form(self) -> str:
@@ -79,8 +85,12 @@ def save(bundle: Bundle, url: str) -> None:
 
     folder = Location(url)
     fields = {"version": VERSION, **{name: value for name, value in vars(bundle).items() if name != "head"}}
+    arrays = asdict(bundle.head)
+    if bundle.ood:
+        fields["ood"] = asdict(bundle.ood)
+        arrays |= {f"ood.{name}": fields["ood"].pop(name) for name in _OOD}
     (folder / "bundle.json").delete()
-    (folder / "head.safetensors").write(to_bytes(asdict(bundle.head)))
+    (folder / "head.safetensors").write(to_bytes(arrays))
     (folder / "README.md").write(_card(bundle).encode())
     (folder / "bundle.json").write(json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False).encode())
 
@@ -103,7 +113,10 @@ def load(url: str) -> Bundle:
                 f"{url} is a bundle of version {version}; this bertray reads version {VERSION}. "
                 "Install the bertray that wrote it, or fit again."
             )
-        head = LinearHead(**from_bytes((folder / "head.safetensors").read()))
+        arrays = from_bytes((folder / "head.safetensors").read())
+        if known := fields.pop("ood", None):
+            fields["ood"] = Familiar(**{name: arrays.pop(f"ood.{name}") for name in _OOD} | known)
+        head = LinearHead(**arrays)
         lists = {name: tuple(fields[name]) for name in ("labels", "features", "losses", "lengths")}
         bundle = Bundle(**{**fields, **lists}, head=head)
     except FileNotFoundError:
@@ -114,7 +127,23 @@ def load(url: str) -> Bundle:
         raise BundleError(f"{url} is damaged ({error}). Fit it again, or copy it again.") from None
     if head.weight.shape[0] != len(bundle.labels) or head.bias.shape != head.weight.shape[:1]:
         raise BundleError(f"{url} is damaged: {len(bundle.labels)} labels, but weights {head.weight.shape}.")
+    if bundle.ood and not _fits(bundle.ood, head):
+        shapes = ", ".join(f"{name} {getattr(bundle.ood, name).shape}" for name in _OOD)
+        threshold = repr(bundle.ood.threshold)
+        raise BundleError(f"{url} is damaged: weights {head.weight.shape}, but ood {shapes}, threshold {threshold}.")
     return bundle
+
+
+def _fits(ood: Familiar, head: LinearHead) -> bool:
+    """Whether what the training rows look like is of vectors as the head takes them."""
+    return (
+        ood.centre.shape == head.weight.shape[1:]
+        and ood.map.shape == ood.centre.shape + ood.means.shape[1:]
+        and ood.means.ndim == 2
+        and len(ood.means) > 0
+        and isinstance(ood.threshold, float)
+        and math.isfinite(ood.threshold)
+    )
 
 
 def _card(bundle: Bundle) -> str:
@@ -145,7 +174,7 @@ A linear head on frozen vectors, fitted by [bertray]. It holds no encoder: `{enc
 - Vectors: {", ".join(bundle.features)}, {bundle.head.weight.shape[1]} numbers, precision {encoder["precision"]}
 - Fitted with: {settings}
 - Probabilities: temperature {bundle.temperature:.3f}, found on rows left out{_told_threshold(bundle)}
-
+{_told_distance(bundle)}
 {header + rows if rows else "Not evaluated yet."}
 
 Use it:
@@ -167,3 +196,12 @@ def _told_threshold(bundle: Bundle) -> str:
     if bundle.form != "name" or not bundle.threshold:
         return ""
     return f"; no label below {bundle.threshold:.3f}"
+
+
+def _told_distance(bundle: Bundle) -> str:
+    if not bundle.ood:
+        return ""
+    return (
+        f"- Unlike its training rows: vectors with a Mahalanobis distance over {bundle.ood.threshold:.2f}, as "
+        f"{100 * SHARE:g} % of\n  rows like these have (learned from {bundle.ood.rows:,})\n"
+    )

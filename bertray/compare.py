@@ -119,9 +119,9 @@ def _metrics(found: Sequence[Facts], judged: Sequence[str], shared: bool) -> dic
 
 
 def _best(values: Sequence[float | None], name: str) -> list[int]:
-    """Places of the best values; none where all that are known are the same."""
+    """Places of the best values; none where all that are known are the same, or none is better."""
     known = [value for value in values if value is not None]
-    if len(set(known)) < 2:
+    if len(set(known)) < 2 or name == "outliers":  # that tells of rows, not of heads
         return []
     best = min(known) if name in _SMALLER_IS_BETTER else max(known)
     return [place for place, value in enumerate(values) if value == best]

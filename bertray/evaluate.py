@@ -94,6 +94,7 @@ class _Seen:
     bundle: Bundle
     classes: Mapping[str, int]
     rows: int = 0
+    outliers: int = 0
     held: int = 0
     worst: list[dict[str, Any]] = field(default_factory=list)
     losses: list[NDArray[np.float64]] = field(default_factory=list)
@@ -106,10 +107,12 @@ class _Seen:
         """Answer the rows of a shard; returns the predictions."""
         bundle, pairs = self.bundle, None
         if apart is not None:
-            logits = np.concatenate([bundle.head.logits(part) for part in pair_vectors(table, apart)])
+            parts = (self._looked_at(part) for part in pair_vectors(table, apart))
+            logits = np.concatenate([bundle.head.logits(part) for part in parts])
             edges = spans = None
         else:
-            logits, edges, spans = answers.logits(bundle, *answers.states_of(table, bundle.features))
+            vectors, edges, spans = answers.states_of(table, bundle.features)
+            logits, edges, spans = answers.logits(bundle, self._looked_at(vectors), edges, spans)
         texts, true = table["text"].to_pylist(), table["label"].to_pylist()
         if bundle.pairs:
             pairs = table["text_pair"].to_pylist()
@@ -122,6 +125,12 @@ class _Seen:
             result = result.append_column(name, column)
         self._note(result, true, logits, targets, losses, edges)
         return result
+
+    def _looked_at(self, vectors: NDArray[Any]) -> NDArray[Any]:
+        """The vectors; those unlike the training rows are counted."""
+        if self.bundle.ood:
+            self.outliers += int(self.bundle.ood.outliers(vectors).sum())
+        return vectors
 
     def _labels(self, true: list[str], targets: NDArray[Any]) -> pa.Array:
         form = self.bundle.form
@@ -176,6 +185,8 @@ class _Seen:
         }[self.bundle.form]()
         loss = float(np.concatenate(self.losses).mean()) if self.losses else 0.0
         figures = {**found.metrics, "loss": loss}
+        if self.bundle.ood:
+            figures["outliers"] = self.outliers / max(1, self.rows)
         defined = {
             name: float(value) if math.isfinite(value) else None for name, value in figures.items() if value is not None
         }

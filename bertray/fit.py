@@ -14,17 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from bertray import ood
 from bertray.errors import ClusterError
 from bertray.heads import LinearHead
+from bertray.ood import Familiar
 from bertray.progress import Progress, log
-from bertray.samples import Share, Wanted, samples
+from bertray.samples import Samples, Share, Wanted, samples
 from bertray.search import Choice, choose, fit_one, lengths_of, settings
 from bertray.spec import Head, RaySizes
 
-RECIPE = 2  # raised when a change of code gives another head for the same settings
+RECIPE = 3  # raised when a change of code gives another bundle for the same settings
 _POLL_SECONDS = 0.5
 _CHECKPOINT_SECONDS = 10.0
 _FAILURES = 3  # of Ray Train's workers that are made good
+_TAKEN = 4_096  # rows at once
 Tell = Callable[[int, float], None]
 
 
@@ -32,13 +37,15 @@ Tell = Callable[[int, float], None]
 class Fitted:
     """head: the head, over the features of choice.setting side by side; choice: what it was fitted with, and why;
     losses: the objective after each epoch (adam, sgd) or at each evaluation (lbfgs); seconds: time spent fitting,
-    without the start of processes; lengths: see `search.lengths_of`."""
+    without the start of processes; lengths: see `search.lengths_of`; ood: what the training rows look like, where texts
+    have vectors."""
 
     head: LinearHead
     choice: Choice
     losses: list[float]
     seconds: float
     lengths: tuple[float, ...] = ()
+    ood: Familiar | None = None
 
 
 def fit(wanted: Wanted, spec: Head, layers: int, sizes: RaySizes | None = None) -> Fitted:
@@ -163,7 +170,39 @@ def train(config: dict[str, Any], tell: Tell, checkpoints: "_Checkpoints | None"
             resume["save"] = lambda state: checkpoints.save({"choice": choice, "losses": losses, "state": state}, share)
         head = fit_one(mine, wanted, choice, spec, share, record, **resume)
         lengths = lengths_of(mine, share) if wanted.form == "answers" else ()
-        return Fitted(head, choice, losses, time.perf_counter() - started, lengths)
+        seconds = time.perf_counter() - started
+        return Fitted(head, choice, losses, seconds, lengths, _familiar(mine, wanted, choice, spec.seed, share))
+
+
+def _familiar(samples: Samples, wanted: Wanted, choice: Choice, seed: int, share: Share) -> Familiar | None:
+    """What some of the training rows of all workers look like in the features of a choice, side by side; the first
+    worker learns it."""
+    import torch
+
+    if wanted.form in ("tokens", "answers"):
+        return None
+    started = time.perf_counter()
+    samples = samples.of([wanted.features.index(name) for name in choice.setting.features], False)
+    known = samples.targets if wanted.form == "name" else torch.zeros_like(samples.folds)
+    mine = torch.where(samples.weights > 0, known, -1).int().cpu().numpy()  # not those to choose by
+    classes = np.empty(samples.count, np.int64)
+    for rank, part in enumerate(share.gather(mine)):
+        classes[rank :: share.world] = part
+    training = np.flatnonzero(classes >= 0)
+    rows = training[ood.sample(classes[training], samples.width, seed)]
+    own = torch.from_numpy(rows[rows % share.world == share.rank] // share.world).to(samples.device)
+    taken = [samples.take(part, torch.float32).cpu().numpy() for part in own.split(_TAKEN)]
+    vectors = np.empty((len(rows), samples.width), np.float32)
+    for rank, parts in enumerate(share.gather(taken)):
+        vectors[rows % share.world == rank] = np.concatenate(parts)
+    if share.rank:
+        return None
+    found = ood.fit(vectors, classes[rows], seed)
+    if found:
+        log.info("fitting: what %d rows look like, learned in %.1f s", len(rows), time.perf_counter() - started)
+    else:
+        log.info("fitting: %d rows are too few or too much the same to tell what is unlike them", len(rows))
+    return found
 
 
 class _Checkpoints:

@@ -269,6 +269,7 @@ class _Run:
             temperature=choice.temperature,
             threshold=threshold(choice, spec.head.answer_accuracy, spec.form, fitted.lengths),
             lengths=fitted.lengths,
+            ood=fitted.ood,
         )
 
     def evaluate(self, bundle: Bundle) -> dict[str, Any]:

@@ -49,6 +49,7 @@ _METRICS = {  # main ones first: what each is called, and its format
     "ece": ("calibration error", ".3f"),
     "coverage": ("answered", "%"),
     "accuracy_answered": ("accuracy of answered", "%"),
+    "outliers": ("unlike training rows", "%"),
     "has_answer_f1": ("F1 with an answer", ".3f"),
     "no_answer_f1": ("F1 without an answer", ".3f"),
 }

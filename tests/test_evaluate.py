@@ -1,6 +1,7 @@
 """Metrics of each form against scikit-learn, or values made by hand, and the predictions that are written."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,7 +10,7 @@ from handmade import bundle, store_of, words_of
 from scipy import stats
 from sklearn import metrics as sk
 
-from bertray import metrics
+from bertray import metrics, ood
 from bertray.evaluate import evaluate
 from bertray.heads import LinearHead, probabilities
 from bertray.storage import Location
@@ -67,6 +68,34 @@ def test_one_label(tmp_path, threshold):
     losses = [row["loss"] for row in rows if row["label"] != row["predicted"]]
     assert [row["loss"] for row in worst] == sorted(losses, reverse=True)[:20]
     assert all(row["label"] != row["predicted"] for row in worst)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_share_of_rows_unlike_the_training_rows(tmp_path, apart):
+    """Of pairs encoded apart, in what a head sees of both."""
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(60, 4)).astype(np.float32)
+    vectors[[3, 50]] += 40
+    rows, more = {"text": list(map(str, range(60))), "label": ["a", "b", "c"] * 20}, {}
+    seen = vectors
+    if apart:
+        first, second = rng.permutation(60), rng.permutation(60)
+        u, v = vectors[first], vectors[second]
+        seen = np.hstack([u, v, abs(u - v), u * v])
+        more["texts"] = store_of(tmp_path / "texts", {"text": rows["text"]}, vectors)
+        store = store_of(
+            tmp_path / "store", rows | {"text_pair": rows["text"], "first": first, "second": second}, 0, ()
+        )
+    else:
+        store = store_of(tmp_path / "store", rows, vectors, shards=SHARDS)
+    known = ood.fit(rng.normal(size=(400, seen.shape[1])), np.zeros(400, np.int64))
+    expected = (known.distance(seen) > known.threshold).mean()
+    assert 2 / 60 <= expected < 1
+    made = bundle(
+        head=head_of(3, seen.shape[1]), ood=known, **({"pair": "b", "encoder": {"pair": "siamese"}} if apart else {})
+    )
+    assert judged(tmp_path, made, store, **more)[0].metrics["outliers"] == pytest.approx(expected)
+    assert "outliers" not in judged(tmp_path, replace(made, ood=None), store, **more)[0].metrics
 
 
 def test_any_number_of_labels(tmp_path):

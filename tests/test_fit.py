@@ -11,11 +11,14 @@ import pytest
 import torch
 from chaos import descendants
 from conftest import with_vectors
+from handmade import store_of
 from sklearn.linear_model import LogisticRegression
 
 from bertray import fit as fitting
+from bertray import ood
 from bertray.encoder import Encoder
 from bertray.errors import ClusterError
+from bertray.features import related
 from bertray.progress import Progress
 from bertray.samples import Wanted
 from bertray.spec import Encoder as EncoderSpec
@@ -176,6 +179,56 @@ def test_two_workers_choose_what_one_chooses(store, ray_cluster, optimizer):
     np.testing.assert_allclose(together.choice.logits, alone.choice.logits, atol=0.01)
     assert together.choice.temperature == pytest.approx(alone.choice.temperature, rel=1e-2)
     np.testing.assert_allclose(together.head.weight, alone.head.weight, atol=0.02 * np.abs(alone.head.weight).max())
+
+
+def test_what_is_familiar_is_of_all_training_rows_of_all_workers(store, ray_cluster):
+    x, y = data(store)
+    alone, together = fit(store, head(epochs=1)).ood, fit(store, head(epochs=1), RaySizes(fit_workers=2)).ood
+    expected = ood.fit(x, y)
+    for found in (alone, together):
+        assert (found.rows, found.threshold) == (720, pytest.approx(expected.threshold, rel=1e-4))
+        np.testing.assert_allclose(found.distance(x), expected.distance(x), rtol=1e-3)
+
+
+@pytest.mark.parametrize("combine", ["concat", "mean"])
+def test_what_is_familiar_is_of_the_chosen_features_side_by_side(tmp_path, monkeypatch, combine):
+    """Rows to choose by are not learned from, and of many rows a few."""
+    rng, names = np.random.default_rng(0), ("mean_4", "cls_5", "mean_6")
+    vectors, y = rng.normal(size=(500, 12)).astype(np.float32), rng.integers(0, 3, 500)
+    rows = {"text": list(map(str, range(500))), "label": [list(CLASSES)[i] for i in y]}
+    stores = (
+        store_of(tmp_path / "train", rows, vectors, names, shards=(100, 450)),
+        store_of(tmp_path / "dev", {name: values[:50] for name, values in rows.items()}, vectors[:50] + 100, names),
+    )
+    spec = head(epochs=1, seed=5, combine=combine, search=Search(layers=((4, 6),), pooling=("mean",)))
+    found = fitting.fit(Wanted(stores, "name", CLASSES, 3), spec, 6).ood
+    expected = ood.fit(vectors[:, [0, 1, 2, 3, 8, 9, 10, 11]], y)
+    assert found.rows == 500
+    np.testing.assert_allclose(found.map, expected.map, rtol=1e-5)
+    assert found.threshold == expected.threshold
+    monkeypatch.setattr(ood, "_MOST", 300)
+    few = fitting.fit(Wanted(stores, "name", CLASSES, 3), spec, 6).ood
+    kept = ood.sample(y, 8, 5)
+    assert few.rows == len(kept) == pytest.approx(300, abs=3)
+    assert few.threshold == ood.fit(vectors[kept][:, [0, 1, 2, 3, 8, 9, 10, 11]], y[kept]).threshold
+
+
+@pytest.mark.parametrize("form", ["name", "names", "number"])
+def test_what_is_familiar_of_pairs_is_what_a_head_sees_of_them(tmp_path, form):
+    """Without classes all rows are one."""
+    rng = np.random.default_rng(0)
+    vectors, first, second = rng.normal(size=(60, 4)).astype(np.float32), *rng.integers(0, 60, (2, 300))
+    texts = store_of(tmp_path / "texts", {"text": list(map(str, range(60)))}, vectors)
+    y = np.arange(300) % 2
+    labels = {"name": ["ab"[i] for i in y], "names": [f'["{"ab"[i]}"]' for i in y], "number": list(map(str, y))}[form]
+    rows = {"text": list(map(str, first)), "text_pair": list(map(str, second)), "label": labels}
+    store = store_of(tmp_path / "store", rows | {"first": first, "second": second}, None, ())
+    wanted = Wanted((store,), form, {"a": 0, "b": 1}, 1 if form == "number" else 2, pairs=texts)
+    found = fitting.fit(wanted, head(epochs=1), 6).ood
+    seen = related(vectors[first], vectors[second])
+    expected = ood.fit(seen, y if form == "name" else np.zeros(300, np.int64))
+    assert len(found.means) == (2 if form == "name" else 1)
+    np.testing.assert_allclose(found.distance(seen), expected.distance(seen), rtol=1e-4)
 
 
 def train_worker():

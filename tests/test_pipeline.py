@@ -1,6 +1,7 @@
 """The whole job in one process: results, what is skipped, bad input."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 from conftest import MINILM, ROOT, SIX, demo_rows, read_jsonl
 
 import bertray
+from bertray import bundle as bundles
 from bertray.errors import BertrayError
 from bertray.storage import Location
 from bertray.store import Store
@@ -22,7 +24,8 @@ def test_the_demo_is_good_and_leaves_what_it_should(demo):
     assert {row["text"]: row["label"] for row in demo["examples"]} == SIX
     assert json.loads((folder / "metrics.json").read_text()) == demo
     for split in demo["metrics"].values():
-        assert set(split) == {"accuracy", "macro_f1", "micro_f1", "auroc", "ece", "loss", "rows"}
+        assert set(split) == {"accuracy", "macro_f1", "micro_f1", "auroc", "ece", "loss", "outliers", "rows"}
+    assert demo["metrics"]["test"]["outliers"] < 0.05
     assert set(demo["seconds"]) == {"prepare", "start", "embed", "fit", "evaluate", "report", "total"}
     assert {path.name for path in folder.iterdir()} == {
         "metrics.json", "report.html", "left_out.npz", "head", "stores", "predictions", "rows",
@@ -64,6 +67,24 @@ def test_running_again_skips_what_is_done(demo, caplog, monkeypatch):
     assert other["seconds"]["embed"] == demo["seconds"]["embed"]  # as it was: nothing was encoded
     assert written(folder) == shards
     assert bertray.run("jobs/specs/demo.yaml", overrides=[f"output={folder}"])["metrics"] == demo["metrics"]
+
+
+def test_a_bundle_from_before_there_was_ood_is_used_as_it_is(tiny, tmp_path, ray_cluster, rows_file):
+    spec = {
+        "data": {"train": rows_file([{"text": f"text {i}", "label": i % 2} for i in range(40)])},
+        "encoder": {"model": str(tiny), "pooling": "mean"},
+        "output": str(tmp_path / "run"),
+    }
+    summary = bertray.run(spec)
+    assert 0 <= summary["metrics"]["train"]["outliers"] < 0.2
+    made = bundles.load(summary["bundle"])
+    assert made.ood.map.shape == (32, 32)
+    bundles.save(replace(made, ood=None), summary["bundle"])
+    (tmp_path / "run" / "metrics.json").unlink()
+    again = bertray.run(spec)
+    assert bundles.load(summary["bundle"]).ood is None
+    expected = summary["metrics"]["train"]
+    assert again["metrics"]["train"] == {name: expected[name] for name in expected if name != "outliers"}
 
 
 def test_a_lost_shard_alone_is_encoded_again(tiny, tmp_path, ray_cluster, rows_file):
