@@ -1,13 +1,24 @@
 // The page: texts or a file in, a head's answers out. What people wrote reaches the document as text alone, never as HTML.
 const MAX_ROWS = 5000, CHUNK = 64, IN_FLIGHT = 2, TRIES = 30, SHOWN = 6, STORED = "bertray-key";
 const $ = (id) => document.getElementById(id);
-const state = { heads: [], head: null, limits: {}, key: recall(), table: null, job: null, asking: null };
+const stored = (use) => {
+  try {
+    return use(sessionStorage);
+  } catch {
+    return null; // forbidden: the key lives as long as the page
+  }
+};
+const now = { heads: [], head: null, limits: {}, key: stored((storage) => storage.getItem(STORED)), table: null, job: null, asking: null };
 
-const make = (tag, properties = {}, ...children) => {
-  const { dataset, ...rest } = properties;
-  const element = Object.assign(document.createElement(tag), rest);
-  Object.assign(element.dataset, dataset);
-  element.append(...children.filter((child) => child !== null));
+/** An element `p.small` of its children and properties. Text stays text. */
+const make = (kind, ...parts) => {
+  const [tag, ...classes] = kind.split(".");
+  const element = document.createElement(tag);
+  element.className = classes.join(" ");
+  for (const part of parts) {
+    if (typeof part === "string" || part instanceof Node) element.append(part);
+    else Object.assign(element, part);
+  }
   return element;
 };
 const count = (n, noun, nouns = `${noun}s`) => `${n.toLocaleString("en")} ${n === 1 ? noun : nouns}`;
@@ -17,6 +28,8 @@ const say = (element, text, bad = false) => {
   element.textContent = text;
   element.classList.toggle("bad", bad);
 };
+const on = (element, type, listener) => element.addEventListener(type, listener);
+const options = (select, names) => select.replaceChildren(...names.map(([value, text]) => make("option", text, { value })));
 const isQuestion = (head) => head.task === "question-answering";
 
 // --- the service ---
@@ -25,14 +38,6 @@ class Failure extends Error {
   constructor(message, status = 0) {
     super(message);
     this.status = status;
-  }
-}
-
-function recall() {
-  try {
-    return sessionStorage.getItem(STORED) || "";
-  } catch {
-    return ""; // storage is forbidden: the key lives as long as the page
   }
 }
 
@@ -47,7 +52,7 @@ const pause = (seconds, signal) => new Promise((resolve, reject) => {
 /** JSON of a path. A service that is busy or not ready says when to come again, and we do. */
 async function call(path, { body, signal, waiting = () => {} } = {}) {
   const headers = { Accept: "application/json" };
-  if (state.key) headers.Authorization = `Bearer ${state.key}`;
+  if (now.key) headers.Authorization = `Bearer ${now.key}`;
   if (body) headers["Content-Type"] = "application/json";
   const request = { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal, cache: "no-store" };
   for (let tries = 1; ; tries++) {
@@ -70,7 +75,7 @@ async function call(path, { body, signal, waiting = () => {} } = {}) {
       await pause(seconds, signal);
       continue;
     }
-    if (response.status === 401) askKey(state.key ? "That key was refused." : "This service needs a key.");
+    if (response.status === 401) askKey(now.key ? "That key was refused." : "This service needs a key.");
     throw new Failure(message, response.status);
   }
 }
@@ -80,7 +85,7 @@ const wire = (head, [text, pair]) => isQuestion(head) ? { question: text, contex
 
 /** Inputs cut where a request would hold too many texts or characters. */
 function chunksOf(inputs, places) {
-  const most = Math.min(CHUNK, state.limits.texts || CHUNK), room = state.limits.characters || Infinity;
+  const most = Math.min(CHUNK, now.limits.texts || CHUNK), room = now.limits.characters || Infinity;
   const chunks = [];
   let chunk = [], held = 0;
   for (const place of places) {
@@ -95,7 +100,7 @@ function chunksOf(inputs, places) {
   return chunk.length ? [...chunks, chunk] : chunks;
 }
 
-/** done(place, prediction, response) for each place of inputs; {error} is the prediction of one that is refused.
+/** done(place, prediction, version) for each place of inputs; {error} is the prediction of one that is refused.
  * What stops everything (no key, no service, cancelled) is thrown once the requests under way have ended. */
 async function answerAll(head, inputs, places, done, { signal, waiting }) {
   const queue = chunksOf(inputs, places);
@@ -104,10 +109,10 @@ async function answerAll(head, inputs, places, done, { signal, waiting }) {
     try {
       const response = await call(urlOf(head, "predict"), { body, signal, waiting });
       if (response.predictions?.length !== chunk.length) throw new Failure("The service answered for another number of texts.");
-      chunk.forEach((place, i) => done(place, response.predictions[i], response));
+      chunk.forEach((place, i) => done(place, response.predictions[i], response.version));
     } catch (error) {
       if (![400, 408, 413, 422].includes(error.status)) throw error;
-      if (chunk.length === 1) return done(chunk[0], { error: error.message }, null);
+      if (chunk.length === 1) return done(chunk[0], { error: error.message });
       const half = chunk.length >> 1; // one bad row does not fail its neighbours
       await send(chunk.slice(0, half));
       await send(chunk.slice(half));
@@ -133,8 +138,8 @@ async function start() {
   try {
     const waiting = (text) => say($("about"), text);
     const [listed, info] = await Promise.all([call("v1/heads", { waiting }), call("info", { waiting })]);
-    state.limits = info.limits || {};
-    $("key").hidden = !info.keys || Boolean(state.key);
+    now.limits = info.limits || {};
+    $("key").hidden = !info.keys || Boolean(now.key);
     const encoder = info.encoder?.model ?? info.encoder;
     $("made").textContent = `${encoder ? `${encoder} · ` : ""}bertray ${info.version ?? ""}`;
     $("links").hidden = Boolean(info.keys); // a browser follows a link without the key
@@ -146,10 +151,10 @@ async function start() {
 }
 
 function take({ heads, default: first }) {
-  state.heads = heads;
+  now.heads = heads;
   const named = (name) => heads.find((head) => head.name === name);
-  const head = named(state.head?.name) || named(first) || heads[0];
-  $("head").replaceChildren(...heads.map(({ name, version }) => make("option", { value: name, textContent: `${name} (version ${version})` })));
+  const head = named(now.head?.name) || named(first) || heads[0];
+  options($("head"), heads.map(({ name, version }) => [name, `${name} (version ${version})`]));
   $("head").hidden = heads.length < 2;
   $("only").textContent = heads.length === 1 ? `${head.name}, version ${head.version}` : "";
   $("predict").disabled = !head;
@@ -160,7 +165,7 @@ function take({ heads, default: first }) {
 
 /** What a head is and takes. */
 function show(head) {
-  state.head = head;
+  now.head = head;
   say($("about"), told(head));
   const two = head.pairs || isQuestion(head);
   const [first, second] = isQuestion(head) ? ["Question", "Context"] : ["First text", "Second text"];
@@ -173,15 +178,15 @@ function show(head) {
 
 function choose(head) {
   show(head);
-  state.asking?.abort();
+  now.asking?.abort();
   $("results").replaceChildren();
   say($("said"), "");
-  if (state.table) prepare();
+  if (now.table) prepare();
 }
 
 /** Another version answered than the one that is told: someone changed it meanwhile. */
-const notice = (head, response) => {
-  if (response && response.version !== head.version) call("v1/heads").then(take).catch(() => {});
+const notice = (head, versions) => {
+  if (versions.size && [...versions].at(-1) !== head.version) call("v1/heads").then(take).catch(() => {});
 };
 
 function told(head) {
@@ -203,48 +208,23 @@ function askKey(why) {
   $("key-value").focus();
 }
 
-$("key").addEventListener("submit", async (event) => {
+on($("key"), "submit", async (event) => {
   event.preventDefault();
   const key = $("key-value").value.trim();
   if (!/^[\x21-\x7e]+$/.test(key)) return say($("key-note"), "A key is made of letters, digits and signs without spaces.");
-  state.key = key;
-  try {
-    sessionStorage.setItem(STORED, key);
-  } catch {
-    // see recall
-  }
+  now.key = key;
+  stored((storage) => storage.setItem(STORED, key));
   await start();
   if (!$("key").hidden) return;
   $("key-value").value = "";
-  $("first").focus();
+  [$("first"), $("label"), $("upload")].find((element) => element.offsetParent)?.focus(); // what is to be seen
 });
-$("head").addEventListener("change", () => choose(state.heads.find(({ name }) => name === $("head").value)));
-
-// --- tabs ---
-
-const tabs = [$("tab-texts"), $("tab-file")];
-const open = (tab) => {
-  for (const each of tabs) {
-    each.setAttribute("aria-selected", each === tab);
-    each.tabIndex = each === tab ? 0 : -1;
-    $(each.getAttribute("aria-controls")).hidden = each !== tab;
-  }
-};
-for (const tab of tabs) {
-  tab.addEventListener("click", () => open(tab));
-  tab.addEventListener("keydown", ({ key }) => {
-    const step = { ArrowRight: 1, ArrowLeft: -1 }[key];
-    if (!step) return;
-    const next = tabs[(tabs.indexOf(tab) + step + tabs.length) % tabs.length];
-    open(next);
-    next.focus();
-  });
-}
+on($("head"), "change", () => choose(now.heads.find(({ name }) => name === $("head").value)));
 
 // --- an answer as people see it ---
 
-const plain = (text) => text === "" ? [make("span", { className: "empty", textContent: "(empty)" })] : [text];
-const paragraph = (parts) => make("p", { className: "text", dir: "auto" }, ...parts);
+const plain = (text) => text === "" ? [make("span.empty", "(empty)")] : [text];
+const paragraph = (parts) => make("p.text", { dir: "auto" }, ...parts);
 
 /** A text's pieces, those of spans made by a function. Places count code points, as Python does; JavaScript's do not. */
 function pieces(text, spans, draw) {
@@ -258,47 +238,43 @@ function pieces(text, spans, draw) {
   return [...parts, points.slice(at).join("")].filter((part) => part !== "");
 }
 
-function bar(name, share, value, on, detail = null) {
+function bar(name, share, value, chosen, detail) {
   const fill = make("i");
   fill.style.setProperty("--p", Math.min(1, Math.max(0, share)));
-  const label = make("span", {}, make("bdi", { textContent: name }), detail && make("span", { className: "kind", textContent: detail }));
-  const drawn = make("span", { className: "bar" }, fill);
-  drawn.setAttribute("aria-hidden", "true");
-  return make("li", { className: on ? "on" : "", dataset: { value: share } }, label, drawn, make("span", { textContent: value }));
+  const label = make("span", make("bdi", name), detail ? make("span.kind", detail) : "");
+  return make(chosen ? "li.on" : "li", label, make("span.bar", { ariaHidden: true }, fill), make("span", value));
 }
 
 function bars(scores, chosen) {
   const lines = scores.map(({ label, score }) => bar(label, score, percent(score), chosen.includes(label)));
-  const list = (some) => make("ul", { className: "bars" }, ...some);
+  const list = (some) => make("ul.bars", ...some);
   if (lines.length <= SHOWN + 2) return [list(lines)];
-  const rest = make("details", {}, make("summary", { textContent: `${lines.length - SHOWN} more labels` }), list(lines.slice(SHOWN)));
+  const rest = make("details", make("summary", `${lines.length - SHOWN} more labels`), list(lines.slice(SHOWN)));
   return [list(lines.slice(0, SHOWN)), rest];
 }
 
-const heading = (text, unsure = false, detail = "") => make("p", { className: unsure ? "named unsure" : "named" },
-  make("bdi", { textContent: text }), detail && make("span", { className: "small", textContent: ` ${detail}` }));
+const heading = (text, unsure, detail) => make(unsure ? "p.named.unsure" : "p.named",
+  make("bdi", text), detail ? make("span.small", ` ${detail}`) : "");
 
-/** {short: in a word or two, shown: elements beside the text} of a prediction. */
+/** The labels or kinds that a prediction says, or what it says instead of one. */
+function namesIn(found) {
+  if (found.entities) return found.entities.map((entity) => entity.entity_group);
+  if (found.labels) return found.labels.length ? found.labels : ["none of the labels"];
+  return "scores" in found ? [found.label ?? "not sure enough"] : [];
+}
+
+/** What is told in a word or two, and the elements beside the text. */
 function described(head, found) {
-  if ("error" in found) return { short: "failed", shown: [heading("failed", true), make("p", { className: "small", textContent: found.error })] };
+  const one = (short, unsure, detail, ...below) => ({ short, shown: [heading(short, unsure, detail), ...below] });
+  if ("error" in found) return one("failed", true, "", make("p.small", found.error));
+  if ("answer" in found) return one(found.answer || "no answer", !found.answer, `score ${number(found.score)}`);
+  if ("value" in found) return one(number(found.value), false, head.labels?.[0]);
+  const names = namesIn(found);
   if (found.entities) {
     const lines = found.entities.map(({ word, entity_group: kind, score }) => bar(word, score, percent(score), true, kind));
-    const short = count(lines.length, "name");
-    return { short, shown: [heading(lines.length ? short : "no names", !lines.length), make("ul", { className: "bars" }, ...lines)] };
+    return one(names.length ? count(names.length, "name") : "no names", !names.length, "", make("ul.bars", ...lines));
   }
-  if ("answer" in found) {
-    const short = found.answer || "no answer";
-    const sure = found.score >= 0 && found.score <= 1;
-    const line = sure ? bar("score", found.score, percent(found.score), true) : make("li", { textContent: `score ${found.score}` });
-    return { short, shown: [heading(short, !found.answer), make("ul", { className: "bars" }, line)] };
-  }
-  if ("value" in found) return { short: number(found.value), shown: [heading(number(found.value), false, head.labels?.[0] ?? "")] };
-  if ("labels" in found) {
-    const short = found.labels.join(", ") || "none";
-    return { short, shown: [heading(found.labels.length ? short : "none of the labels", !found.labels.length), ...bars(found.scores, found.labels)] };
-  }
-  const short = found.label ?? "not sure enough";
-  return { short, shown: [heading(short, found.label === null), ...bars(found.scores, [found.label])] };
+  return one(names.join(", "), found.label === null || found.labels?.length === 0, "", ...bars(found.scores, names));
 }
 
 const number = (x) => Number.isFinite(x) ? String(Number(x.toPrecision(4))) : "no number";
@@ -306,23 +282,23 @@ const number = (x) => Number.isFinite(x) ? String(Number(x.toPrecision(4))) : "n
 function notesOf(found) {
   const notes = [];
   if (found.truncated) notes.push("Longer than the model reads: its end was left out.");
-  if (found.ood?.outlier) notes.push(`Unlike the training texts (distance ${number(found.ood.distance)}, usual is up to ${number(found.ood.threshold)}).`);
-  return notes.length ? make("ul", { className: "notes small" }, ...notes.map((textContent) => make("li", { textContent }))) : null;
+  if (found.ood?.outlier) notes.push(`Unlike the training texts (distance ${number(found.ood.distance)}, usually up to ${number(found.ood.threshold)}).`);
+  return notes.length ? make("ul.notes.small", ...notes.map((note) => make("li", note))) : "";
 }
 
 function marked(head, [text, pair], found) {
   if (found.entities?.length) {
     const kinds = [...new Set([...kindsOf(head), ...found.entities.map((entity) => entity.entity_group)])];
     return [paragraph(pieces(text, found.entities, (part, { entity_group: kind }) =>
-      make("mark", { className: `k${kinds.indexOf(kind) % 9}` }, part, make("span", { className: "kind", textContent: kind }))))];
+      make(`mark.k${kinds.indexOf(kind) % 9}`, part, make("span.kind", kind))))];
   }
-  const second = found.answer ? pieces(pair, [found], (part) => make("mark", {}, part)) : plain(pair ?? "");
+  const second = found.answer ? pieces(pair, [found], (part) => make("mark", part)) : plain(pair ?? "");
   return [paragraph(plain(text)), ...(pair === undefined ? [] : [paragraph(second)])];
 }
 
 function result(head, input, found) {
-  const side = make("div", {}, ...marked(head, input, found), notesOf(found));
-  const box = make("li", { className: "result" }, side, make("div", {}, ...described(head, found).shown));
+  const side = make("div", ...marked(head, input, found), notesOf(found));
+  const box = make("li.result", side, make("div", ...described(head, found).shown));
   if (head.explain && !("error" in found) && input[0].trim()) side.append(whyButton(head, input, side.firstElementChild));
   return box;
 }
@@ -330,21 +306,19 @@ function result(head, input, found) {
 // --- why: words by how much they counted ---
 
 function whyButton(head, input, line) {
-  const button = make("button", { type: "button", className: "why", textContent: "Why?" });
-  button.setAttribute("aria-expanded", "false");
+  const button = make("button.why", "Why?", { type: "button", ariaExpanded: false, ariaLabel: `Why? ${input[0].slice(0, 60)}` });
   let reason = null, told = null;
   const close = () => {
     reason?.remove();
     told?.remove();
     reason = told = null;
     line.replaceChildren(...plain(input[0]));
-    button.setAttribute("aria-expanded", "false");
+    button.ariaExpanded = false;
   };
-  button.addEventListener("click", async () => {
+  on(button, "click", async () => {
     if (reason) return close();
-    reason = make("p", { className: "reason", textContent: "Leaving out each word once …" });
-    reason.setAttribute("role", "status");
-    button.setAttribute("aria-expanded", "true");
+    reason = make("p.reason", "Leaving out each word once …", { role: "status" });
+    button.ariaExpanded = true;
     button.before(reason);
     const own = reason;
     try {
@@ -365,17 +339,15 @@ function whyButton(head, input, line) {
 function weighed(text, { words, score }, label, reason) {
   const strongest = Math.max(0.01, ...words.map(({ weight }) => Math.abs(weight)));
   const drawn = [];
-  const parts = pieces(text, words, (part, { weight }) => {
-    const word = make("span", { className: weight < 0 ? "w against" : "w", textContent: part, tabIndex: drawn.length ? -1 : 0, dataset: { weight } });
+  return pieces(text, words, (part, { weight }) => {
+    const ariaLabel = `${part}: ${weight < 0 ? "against" : "for"} ${label}, ${signed(weight)}`; // read in place of the word, as of an image
+    const word = make(weight < 0 ? "span.w.against" : "span.w", part, { role: "img", ariaLabel, tabIndex: drawn.length ? -1 : 0 });
     word.style.setProperty("--s", Math.abs(weight) / strongest);
     const rest = Math.min(1, Math.max(0, score - weight));
-    const meaning = `${weight < 0 ? "against" : "for"} ${label}, ${signed(weight)}`;
-    word.setAttribute("role", "img"); // so that its weight is read along with it
-    word.setAttribute("aria-label", `${part}: ${meaning}`);
     const tell = () => say(reason, `“${part}” ${signed(weight)}: without it “${label}” goes from ${percent(score)} to ${percent(rest)}.`);
-    word.addEventListener("pointerenter", tell);
-    word.addEventListener("focus", tell);
-    word.addEventListener("keydown", (event) => {
+    on(word, "pointerenter", tell);
+    on(word, "focus", tell);
+    on(word, "keydown", (event) => {
       const to = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Home: -Infinity, End: Infinity }[event.key];
       if (!to) return;
       event.preventDefault();
@@ -387,17 +359,16 @@ function weighed(text, { words, score }, label, reason) {
     drawn.push(word);
     return word;
   });
-  return parts;
 }
 
 function legend(method, label) {
-  const example = (className, text) => {
-    const word = make("span", { className, textContent: text });
+  const example = (kind, text) => {
+    const word = make(kind, text);
     word.style.setProperty("--s", 0.7);
     return word;
   };
   const how = method === "occlusion" ? "occlusion: each word left out once" : method;
-  return make("p", { className: "small key" }, example("w", `for ${label}`), example("w against", `against ${label}`), make("span", { textContent: how }));
+  return make("p.small.key", example("span.w", `for ${label}`), example("span.w.against", `against ${label}`), make("span", how));
 }
 
 // --- texts ---
@@ -408,21 +379,20 @@ function typed(head) {
 }
 
 async function predict() {
-  const head = state.head;
+  const head = now.head;
   if (!head) return;
   const inputs = typed(head);
-  state.asking?.abort();
-  const asking = state.asking = new AbortController();
+  now.asking?.abort();
+  const asking = now.asking = new AbortController();
   if (!inputs.some((input) => input.some((text) => text.trim()))) {
     $("results").replaceChildren();
     return say($("said"), "There is no text yet.");
   }
   const found = [], versions = new Set(), since = performance.now();
-  let failure = null, last = null, answered = 0;
-  const done = (place, prediction, response) => {
+  let failure = null, answered = 0;
+  const done = (place, prediction, version) => {
     found[place] = prediction;
-    last = response || last;
-    if (response) versions.add(response.version);
+    if (version) versions.add(version);
     if (++answered < inputs.length && answered % CHUNK === 0) say($("said"), `${answered.toLocaleString("en")} of ${count(inputs.length, "text")} …`);
   };
   try {
@@ -438,19 +408,18 @@ async function predict() {
   const seconds = ((performance.now() - since) / 1000).toFixed(2);
   if (failure) say($("said"), answered ? `${what} by ${by}, then: ${failure.message}` : failure.message, true);
   else say($("said"), versions.size ? `${what} · ${by} · ${seconds} s` : what, !versions.size);
-  notice(head, last);
+  notice(head, versions);
 }
 
-$("ask").addEventListener("submit", (event) => {
+on($("ask"), "submit", (event) => {
   event.preventDefault();
   predict();
 });
-$("ask").addEventListener("keydown", (event) => {
+on($("ask"), "keydown", (event) => {
   if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey) || event.isComposing) return;
   event.preventDefault();
   predict();
 });
-if (/Mac|iP(hone|ad)/.test(navigator.platform)) document.querySelector(".shortcut").textContent = "or ⌘ Enter";
 
 // --- files: RFC 4180, and what spreadsheets make of it ---
 
@@ -499,14 +468,14 @@ function delimiterOf(text, name) {
   return best;
 }
 
+/** UTF-8, UTF-16 with its mark, else what Windows wrote. */
 function decoded(bytes) {
-  const [a, b] = bytes;
-  const bom = (a === 0xff && b === 0xfe) || (a === 0xfe && b === 0xff) || (a === 0xef && b === 0xbb);
-  const named = a === 0xff && b === 0xfe ? "utf-16le" : a === 0xfe && b === 0xff ? "utf-16be" : "utf-8";
+  const [a, b] = bytes, wide = a + b === 0x1fd; // FF FE or FE FF
+  const encoding = wide ? `utf-16${a > b ? "le" : "be"}` : "utf-8", bom = wide || (a === 0xef && b === 0xbb);
   try {
-    return { text: new TextDecoder(named, { fatal: true }).decode(bytes), bom, encoding: named };
+    return { text: new TextDecoder(encoding, { fatal: true }).decode(bytes), bom, encoding };
   } catch {
-    return { text: new TextDecoder("windows-1252").decode(bytes), bom, encoding: "windows-1252" };
+    return { text: new TextDecoder("windows-1252").decode(bytes), bom: false, encoding: "windows-1252" };
   }
 }
 
@@ -524,38 +493,32 @@ async function read(file) {
 const rowsOf = (table) => $("header").checked ? table.records.slice(1) : table.records;
 const namesOf = (table) => Array.from({ length: table.width }, (_, i) => ($("header").checked && table.records[0][i]) || `column ${i + 1}`);
 
-const TEXTS = /^(text|sentence|sentence1|text1|content|body|message|review|tweet|comment|document|utterance|question|premise|query)$/i;
-const SECONDS = /^(text_?pair|pair|text_?2|sentence_?2|second|context|hypothesis|passage|answer)$/i;
+const TEXTS = /^(text|sentence|content|body|message|review|tweet|comment|question|premise)[_ ]?1?$/i;
 
-function guess(table, pattern, but) {
-  const names = namesOf(table);
-  const named = names.findIndex((name, i) => i !== but && pattern.test(name.trim()));
-  if (named >= 0) return named;
+/** The column that is named like a text, else the one of the longest cells. */
+function guess(table, but) {
   const length = (i) => rowsOf(table).slice(0, 50).reduce((total, row) => total + (row[i] || "").length, 0);
-  return names.map((_, i) => i).filter((i) => i !== but).sort((a, b) => length(b) - length(a) || a - b)[0] ?? 0;
+  const ranked = namesOf(table).map((name, i) => ({ i, rank: TEXTS.test(name.trim()) ? Infinity : length(i) })).filter(({ i }) => i !== but);
+  return ranked.reduce((best, one) => one.rank > best.rank ? one : best, ranked[0] ?? { i: 0 }).i;
 }
 
 /** The form for a file, anew: another file, another header or another head. */
 function prepare() {
-  const { table, head } = state;
-  const names = namesOf(table);
-  for (const id of ["column", "column-pair"]) {
-    $(id).replaceChildren(...names.map((name, i) => make("option", { value: i, textContent: name })));
-  }
-  const first = guess(table, TEXTS, -1);
-  $("column").value = first;
-  $("column-pair").value = guess(table, SECONDS, first);
+  const { table, head } = now;
+  for (const id of ["column", "column-pair"]) options($(id), namesOf(table).map((name, i) => [i, name]));
+  $("column").value = guess(table);
+  $("column-pair").value = guess(table, Number($("column").value));
   $("job").hidden = !head;
   fresh();
 }
 
 /** Nothing is labelled yet. */
 function fresh() {
-  const { table } = state, rows = rowsOf(table);
-  state.job?.abort();
-  state.job = null;
-  state.found = [];
-  state.versions = new Set();
+  const { table } = now, rows = rowsOf(table);
+  now.job?.abort();
+  now.job = null;
+  now.found = [];
+  now.versions = new Set();
   const many = rows.length > MAX_ROWS;
   const text = rows[0]?.[$("column").value] ?? "";
   $("sample").textContent = rows.length ? `First row: ${text.slice(0, 200) || "(empty)"}` : "";
@@ -571,7 +534,7 @@ function fresh() {
 
 /** Which buttons there are; the focus goes on where its button gives way to another. */
 function buttons() {
-  const rows = rowsOf(state.table).length, left = rows - Object.keys(state.found).length, running = Boolean(state.job);
+  const rows = rowsOf(now.table).length, left = rows - Object.keys(now.found).length, running = Boolean(now.job);
   const focused = document.activeElement;
   $("label").textContent = left < rows && left ? `Go on with ${count(left, "row")}` : `Label ${count(rows, "row")}`;
   $("label").hidden = running || !left;
@@ -583,19 +546,18 @@ function buttons() {
 }
 
 async function work() {
-  const { head, table } = state, rows = rowsOf(table), found = state.found;
+  const { head, table } = now, rows = rowsOf(table), found = now.found;
   const columns = [$("column").value, ...(head.pairs || isQuestion(head) ? [$("column-pair").value] : [])];
   const inputs = rows.map((row) => columns.map((column) => row[column] ?? ""));
-  const job = state.job = new AbortController();
-  let finished = Object.keys(found).length, last = null, failure = null;
+  const job = now.job = new AbortController();
+  let finished = Object.keys(found).length, failure = null;
   const label = () => say($("told"), `${finished.toLocaleString("en")} of ${count(rows.length, "row")} …`);
-  $("told").setAttribute("aria-live", "off"); // the progress bar tells
+  $("told").ariaLive = "off"; // the progress bar tells
   buttons();
   label();
-  const done = (place, prediction, response) => {
+  const done = (place, prediction, version) => {
     found[place] = prediction;
-    if (response) state.versions.add(response.version);
-    last = response || last;
+    if (version) now.versions.add(version);
     $("progress").value = ++finished;
     label();
   };
@@ -604,17 +566,17 @@ async function work() {
   } catch (error) {
     failure = error;
   }
-  if (state.found !== found) return; // another file or head meanwhile
-  state.job = null;
+  if (now.found !== found) return; // another file or head meanwhile
+  now.job = null;
   buttons();
-  $("told").setAttribute("aria-live", "polite");
+  $("told").ariaLive = "polite";
   tally(head, found, rows.length, job.signal.aborted ? "Cancelled. " : failure ? `${failure.message} ` : "");
-  notice(head, last);
+  notice(head, now.versions);
 }
 
 function tally(head, found, rows, first) {
   const all = Object.values(found), good = all.filter((one) => !("error" in one));
-  const parts = [`${first}${good.length.toLocaleString("en")} of ${count(rows, "row")} labelled by ${head.name}, version ${[...state.versions].join(" and ") || head.version}`];
+  const parts = [`${first}${good.length.toLocaleString("en")} of ${count(rows, "row")} labelled by ${head.name}, version ${[...now.versions].join(" and ") || head.version}`];
   const failed = all.length - good.length, cut = good.filter((one) => one.truncated).length, odd = good.filter((one) => one.ood?.outlier).length;
   if (failed) parts.push(`${failed} failed (see the column “error”)`);
   if (cut) parts.push(`${cut} longer than the model reads`);
@@ -622,8 +584,7 @@ function tally(head, found, rows, first) {
   say($("told"), `${parts.join(", ")}.`, Boolean(first && !first.startsWith("Cancelled")) || failed > 0);
   const counts = new Map();
   for (const one of good) {
-    const names = one.entities ? one.entities.map((entity) => entity.entity_group) : one.labels ?? ("scores" in one ? [one.label ?? "not sure enough"] : []);
-    for (const name of names) counts.set(name, (counts.get(name) || 0) + 1);
+    for (const name of namesIn(one)) counts.set(name, (counts.get(name) || 0) + 1);
   }
   const sorted = [...counts].sort((a, b) => b[1] - a[1]), most = sorted[0]?.[1];
   $("counts").replaceChildren(...sorted.slice(0, 20).map(([name, n]) => bar(name, n / most, n.toLocaleString("en"), true)));
@@ -645,7 +606,7 @@ function added(head) {
 const harmless = (value) => typeof value === "string" && /^[=+\-@\t\r]/.test(value) ? `'${value}` : String(value ?? "");
 
 function written() {
-  const { table, head, found } = state, { delimiter } = table;
+  const { table, head, found } = now, { delimiter } = table;
   const [columns, cells] = added(head);
   const withErrors = Object.values(found).some((one) => "error" in one);
   const taken = new Set($("header").checked ? table.records[0] : []);
@@ -668,35 +629,35 @@ function written() {
 }
 
 function offer() {
-  const { name, delimiter } = state.table, link = $("download");
+  const { name, delimiter } = now.table, link = $("download");
   if (link.href) URL.revokeObjectURL(link.href);
   link.href = URL.createObjectURL(new Blob([written()], { type: "text/csv;charset=utf-8" }));
-  link.download = `${name.replace(/\.[^.]*$/, "")}-${state.head.name}.${delimiter === "\t" ? "tsv" : "csv"}`;
+  link.download = `${name.replace(/\.[^.]*$/, "")}-${now.head.name}.${delimiter === "\t" ? "tsv" : "csv"}`;
   link.textContent = `Download ${link.download}`;
 }
 
-$("upload").addEventListener("change", async () => {
+on($("upload"), "change", async () => {
   const [file] = $("upload").files;
   if (!file) return;
-  state.job?.abort();
-  state.job = state.table = null;
+  now.job?.abort();
+  now.job = now.table = null;
   $("job").hidden = true;
   $("counts").replaceChildren();
   try {
     const table = await read(file);
     if ($("upload").files[0] !== file) return;
-    state.table = table;
-    if (state.head) prepare();
+    now.table = table;
+    if (now.head) prepare();
   } catch (error) {
     say($("told"), error instanceof Failure ? error.message : `${file.name} cannot be read.`, true);
   }
 });
-$("header").addEventListener("change", prepare);
-for (const id of ["column", "column-pair"]) $(id).addEventListener("change", fresh);
-$("job").addEventListener("submit", (event) => {
+on($("header"), "change", prepare);
+for (const id of ["column", "column-pair"]) on($(id), "change", fresh);
+on($("job"), "submit", (event) => {
   event.preventDefault();
   work();
 });
-$("cancel").addEventListener("click", () => state.job?.abort());
+on($("cancel"), "click", () => now.job?.abort());
 
 start();
