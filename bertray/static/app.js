@@ -1,5 +1,5 @@
-// The page: texts or a file in, a head's answers out. What people wrote reaches the document as text alone, never as HTML.
-const MAX_ROWS = 5000, CHUNK = 64, IN_FLIGHT = 2, TRIES = 30, SHOWN = 6, STORED = "bertray-key";
+// The page: texts or a file in, a head's answers out. What people wrote is shown as text alone, never as HTML.
+const MAX_ROWS = 5000, CHUNK = 64, IN_FLIGHT = 2, TRIES = 30, SHOWN = 6;
 const $ = (id) => document.getElementById(id);
 const stored = (use) => {
   try {
@@ -8,7 +8,7 @@ const stored = (use) => {
     return null; // forbidden: the key lives as long as the page
   }
 };
-const now = { heads: [], head: null, limits: {}, key: stored((storage) => storage.getItem(STORED)), table: null, job: null, asking: null };
+const now = { heads: [], head: null, limits: {}, key: stored((storage) => storage.getItem("bertray-key")), table: null, job: null, asking: null };
 
 /** An element `p.small` of its children and properties. Text stays text. */
 const make = (kind, ...parts) => {
@@ -21,7 +21,8 @@ const make = (kind, ...parts) => {
   }
   return element;
 };
-const count = (n, noun, nouns = `${noun}s`) => `${n.toLocaleString("en")} ${n === 1 ? noun : nouns}`;
+const whole = (n) => n.toLocaleString("en");
+const count = (n, noun) => `${whole(n)} ${noun}${n === 1 ? "" : "s"}`;
 const percent = (p) => `${(100 * p).toFixed(1)} %`;
 const signed = (x) => `${x < 0 ? "−" : "+"}${Math.abs(x).toFixed(3)}`;
 const say = (element, text, bad = false) => {
@@ -29,17 +30,16 @@ const say = (element, text, bad = false) => {
   element.classList.toggle("bad", bad);
 };
 const on = (element, type, listener) => element.addEventListener(type, listener);
+const submitted = (form, listener) => on(form, "submit", (event) => {
+  event.preventDefault();
+  listener();
+});
 const options = (select, names) => select.replaceChildren(...names.map(([value, text]) => make("option", text, { value })));
 const isQuestion = (head) => head.task === "question-answering";
 
 // --- the service ---
 
-class Failure extends Error {
-  constructor(message, status = 0) {
-    super(message);
-    this.status = status;
-  }
-}
+const refusal = (message, status = 0) => Object.assign(new Error(message), { status });
 
 const pause = (seconds, signal) => new Promise((resolve, reject) => {
   const timer = setTimeout(resolve, 1000 * seconds);
@@ -61,22 +61,22 @@ async function call(path, { body, signal, waiting = () => {} } = {}) {
       response = await fetch(path, request);
     } catch (error) {
       if (signal?.aborted) throw error;
-      throw new Failure("The service cannot be reached. Is it still running?");
+      throw refusal("The service cannot be reached. Is it still running?");
     }
     const content = await response.json().catch((error) => {
       if (signal?.aborted) throw error;
       return null;
     });
     if (response.ok && content) return content;
-    const message = String(content?.error ?? content?.detail ?? `The service answered with status ${response.status}.`);
+    const message = String(content?.error ?? `The service answered with status ${response.status}.`);
     if ((response.status === 429 || response.status === 503) && tries < TRIES) {
-      const seconds = Math.min(30, Math.max(0.2, Number(response.headers.get("Retry-After")) || 1));
+          const seconds = Math.min(30, Math.max(0.2, Number(response.headers.get("Retry-After")) || 1));
       waiting(`${response.status === 429 ? "The service is busy" : "The service is not ready"}: trying again in ${seconds} s.`);
       await pause(seconds, signal);
       continue;
     }
     if (response.status === 401) askKey(now.key ? "That key was refused." : "This service needs a key.");
-    throw new Failure(message, response.status);
+    throw refusal(message, response.status);
   }
 }
 
@@ -105,10 +105,10 @@ function chunksOf(inputs, places) {
 async function answerAll(head, inputs, places, done, { signal, waiting }) {
   const queue = chunksOf(inputs, places);
   const send = async (chunk) => {
-    const body = { inputs: chunk.map((place) => wire(head, inputs[place])), ood: Boolean(head.ood) };
+    const body = { inputs: chunk.map((place) => wire(head, inputs[place])), ood: !!head.ood };
     try {
       const response = await call(urlOf(head, "predict"), { body, signal, waiting });
-      if (response.predictions?.length !== chunk.length) throw new Failure("The service answered for another number of texts.");
+      if (response.predictions?.length !== chunk.length) throw refusal("The service answered another number of texts.");
       chunk.forEach((place, i) => done(place, response.predictions[i], response.version));
     } catch (error) {
       if (![400, 408, 413, 422].includes(error.status)) throw error;
@@ -138,11 +138,10 @@ async function start() {
   try {
     const waiting = (text) => say($("about"), text);
     const [listed, info] = await Promise.all([call("v1/heads", { waiting }), call("info", { waiting })]);
-    now.limits = info.limits || {};
-    $("key").hidden = !info.keys || Boolean(now.key);
-    const encoder = info.encoder?.model ?? info.encoder;
-    $("made").textContent = `${encoder ? `${encoder} · ` : ""}bertray ${info.version ?? ""}`;
-    $("links").hidden = Boolean(info.keys); // a browser follows a link without the key
+    now.limits = info.limits;
+    $("key").hidden = !info.keys || !!now.key;
+    $("made").textContent = `${info.encoder.model} · bertray ${info.version}`;
+    $("links").hidden = !!info.keys; // a browser follows a link without the key
     take(listed);
     if (!$("key").hidden) askKey("This service needs a key.");
   } catch (error) {
@@ -172,8 +171,8 @@ function show(head) {
   $("first-label").textContent = two ? first : "Texts, one a line";
   $("second-label").textContent = second;
   $("column-label").textContent = `Column of the ${two ? first.toLowerCase() : "text"}`;
-  $("column-pair-label").textContent = `Column of the ${second.toLowerCase()}`;
-  $("second-field").hidden = $("column-pair-field").hidden = !two;
+  $("pair-label").textContent = `Column of the ${second.toLowerCase()}`;
+  $("second-field").hidden = $("pair-field").hidden = !two;
 }
 
 function choose(head) {
@@ -184,23 +183,23 @@ function choose(head) {
   if (now.table) prepare();
 }
 
-/** Another version answered than the one that is told: someone changed it meanwhile. */
+/** Another version answered than is told: someone changed it meanwhile. */
 const notice = (head, versions) => {
   if (versions.size && [...versions].at(-1) !== head.version) call("v1/heads").then(take).catch(() => {});
 };
 
 function told(head) {
-  const kinds = head.task === "token-classification" ? kindsOf(head) : head.labels || [];
+  const kinds = head.task === "token-classification" ? kindsOf(head) : head.labels;
   const some = kinds.slice(0, 8).join(", ") + (kinds.length > 8 ? ` and ${kinds.length - 8} more` : "");
   if (isQuestion(head)) return "Answers a question with a part of a context.";
   if (head.task === "token-classification") return `Finds names in a text, of ${count(kinds.length, "kind")}: ${some}.`;
   if (head.problem === "regression") return `Answers with a number${kinds[0] ? `: ${kinds[0]}` : ""}.`;
   if (head.problem === "multi_label") return `Any of ${count(kinds.length, "label")}: ${some}.`;
-  const sure = head.threshold > 0 ? ` Less than ${percent(head.threshold)} is “not sure enough”.` : "";
+  const sure = head.threshold > 0 ? ` Below ${percent(head.threshold)} it is “not sure enough”.` : "";
   return `One of ${count(kinds.length, "label")}: ${some}.${sure}`;
 }
 
-const kindsOf = (head) => [...new Set((head.labels || []).filter((tag) => tag !== "O").map((tag) => tag.replace(/^[BIES]-/, "")))];
+const kindsOf = (head) => [...new Set(head.labels.filter((tag) => tag !== "O").map((tag) => tag.replace(/^[BIES]-/, "")))];
 
 function askKey(why) {
   $("key").hidden = false;
@@ -208,12 +207,11 @@ function askKey(why) {
   $("key-value").focus();
 }
 
-on($("key"), "submit", async (event) => {
-  event.preventDefault();
+submitted($("key"), async () => {
   const key = $("key-value").value.trim();
-  if (!/^[\x21-\x7e]+$/.test(key)) return say($("key-note"), "A key is made of letters, digits and signs without spaces.");
+  if (!/^[\x21-\x7e]+$/.test(key)) return say($("key-note"), "A key has no spaces or letters beyond ASCII.");
   now.key = key;
-  stored((storage) => storage.setItem(STORED, key));
+  stored((storage) => storage.setItem("bertray-key", key));
   await start();
   if (!$("key").hidden) return;
   $("key-value").value = "";
@@ -290,7 +288,7 @@ function marked(head, [text, pair], found) {
   if (found.entities?.length) {
     const kinds = [...new Set([...kindsOf(head), ...found.entities.map((entity) => entity.entity_group)])];
     return [paragraph(pieces(text, found.entities, (part, { entity_group: kind }) =>
-      make(`mark.k${kinds.indexOf(kind) % 9}`, part, make("span.kind", kind))))];
+      make(`mark.k${kinds.indexOf(kind) % 6}`, part, make("span.kind", kind))))];
   }
   const second = found.answer ? pieces(pair, [found], (part) => make("mark", part)) : plain(pair ?? "");
   return [paragraph(plain(text)), ...(pair === undefined ? [] : [paragraph(second)])];
@@ -307,30 +305,25 @@ function result(head, input, found) {
 
 function whyButton(head, input, line) {
   const button = make("button.why", "Why?", { type: "button", ariaExpanded: false, ariaLabel: `Why? ${input[0].slice(0, 60)}` });
-  let reason = null, told = null;
-  const close = () => {
-    reason?.remove();
-    told?.remove();
-    reason = told = null;
-    line.replaceChildren(...plain(input[0]));
-    button.ariaExpanded = false;
-  };
+  let shown = null;
   on(button, "click", async () => {
-    if (reason) return close();
-    reason = make("p.reason", "Leaving out each word once …", { role: "status" });
-    button.ariaExpanded = true;
-    button.before(reason);
-    const own = reason;
+    button.ariaExpanded = !shown;
+    if (shown) {
+      shown.remove();
+      shown = null;
+      return line.replaceChildren(...plain(input[0]));
+    }
+    const reason = make("p.reason", "Leaving out each word once …", { role: "status" }), own = make("div", reason);
+    button.before(shown = own);
     try {
-      const found = await call(urlOf(head, "explain"), { body: { inputs: wire(head, input) }, waiting: (text) => say(own, text) });
-      if (reason !== own) return; // closed meanwhile
+      const found = await call(urlOf(head, "explain"), { body: { inputs: wire(head, input) }, waiting: (text) => say(reason, text) });
+      if (shown !== own) return; // closed meanwhile
       const label = found.label ?? "the answer";
-      line.replaceChildren(...weighed(input[0], found, label, own));
-      say(own, "Point at a word, or tab to it and use the arrow keys.");
-      told = legend(found.method, label);
-      own.before(told);
+      line.replaceChildren(...weighed(input[0], found, label, reason));
+      say(reason, "Point at a word, or tab to it and use the arrow keys.");
+      own.prepend(legend(found.method, label));
     } catch (error) {
-      say(own, error.message);
+      say(reason, error.message);
     }
   });
   return button;
@@ -340,7 +333,8 @@ function weighed(text, { words, score }, label, reason) {
   const strongest = Math.max(0.01, ...words.map(({ weight }) => Math.abs(weight)));
   const drawn = [];
   return pieces(text, words, (part, { weight }) => {
-    const ariaLabel = `${part}: ${weight < 0 ? "against" : "for"} ${label}, ${signed(weight)}`; // read in place of the word, as of an image
+    // as of an image, the weight is read along with the word
+    const ariaLabel = `${part}: ${weight < 0 ? "against" : "for"} ${label}, ${signed(weight)}`;
     const word = make(weight < 0 ? "span.w.against" : "span.w", part, { role: "img", ariaLabel, tabIndex: drawn.length ? -1 : 0 });
     word.style.setProperty("--s", Math.abs(weight) / strongest);
     const rest = Math.min(1, Math.max(0, score - weight));
@@ -388,12 +382,12 @@ async function predict() {
     $("results").replaceChildren();
     return say($("said"), "There is no text yet.");
   }
-  const found = [], versions = new Set(), since = performance.now();
+  const found = [], versions = new Set();
   let failure = null, answered = 0;
   const done = (place, prediction, version) => {
     found[place] = prediction;
     if (version) versions.add(version);
-    if (++answered < inputs.length && answered % CHUNK === 0) say($("said"), `${answered.toLocaleString("en")} of ${count(inputs.length, "text")} …`);
+    if (++answered < inputs.length && answered % CHUNK === 0) say($("said"), `${whole(answered)} of ${count(inputs.length, "text")} …`);
   };
   try {
     await answerAll(head, inputs, inputs.keys(), done, { signal: asking.signal, waiting: (text) => say($("said"), text) });
@@ -405,16 +399,12 @@ async function predict() {
   $("results").replaceChildren(...Object.keys(found).map((place) => result(head, inputs[place], found[place])));
   const by = `${head.name}, version ${[...versions].join(" and ")}`;
   const what = inputs.length === 1 && found[0] ? described(head, found[0]).short : count(answered, inputs[0].length > 1 ? "pair" : "text");
-  const seconds = ((performance.now() - since) / 1000).toFixed(2);
   if (failure) say($("said"), answered ? `${what} by ${by}, then: ${failure.message}` : failure.message, true);
-  else say($("said"), versions.size ? `${what} · ${by} · ${seconds} s` : what, !versions.size);
+  else say($("said"), versions.size ? `${what} · ${by}` : what, !versions.size);
   notice(head, versions);
 }
 
-on($("ask"), "submit", (event) => {
-  event.preventDefault();
-  predict();
-});
+submitted($("ask"), predict);
 on($("ask"), "keydown", (event) => {
   if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey) || event.isComposing) return;
   event.preventDefault();
@@ -454,14 +444,13 @@ function parse(text, delimiter) {
   return { records, unclosed };
 }
 
-/** The delimiter under which the first records have the same number of cells, more than one. */
+/** The delimiter under which the first records have the same number of cells, more than one; none if all are one text. */
 function delimiterOf(text, name) {
   if (/\.(tsv|tab)$/i.test(name)) return "\t";
   const head = text.slice(0, 100_000);
-  let best = ",", most = 0;
+  let best = "", most = 0;
   for (const delimiter of [",", ";", "\t"]) {
-    const { records } = parse(head, delimiter);
-    const widths = (records.length > 1 && head.length < text.length ? records.slice(0, -1) : records).slice(0, 50).map(({ length }) => length);
+    const widths = parse(head, delimiter).records.slice(0, 50).map(({ length }) => length);
     const alike = widths[0] > 1 ? widths.filter((width) => width === widths[0]).length / widths.length : 0;
     if (alike > most) [best, most] = [delimiter, alike];
   }
@@ -480,12 +469,12 @@ function decoded(bytes) {
 }
 
 async function read(file) {
-  if (file.size > 1e8) throw new Failure(`${file.name} is larger than 100 MB. For so much there is “bertray predict”.`);
+  if (file.size > 1e8) throw refusal(`${file.name} is larger than 100 MB.`);
   const { text, bom, encoding } = decoded(new Uint8Array(await file.arrayBuffer()));
   const delimiter = delimiterOf(text, file.name);
   const { records, unclosed } = parse(text, delimiter);
-  if (unclosed) throw new Failure(`${file.name}: the quote that opens in row ${unclosed} is never closed.`);
-  if (!records.length) throw new Failure(`${file.name} has no rows.`);
+  if (unclosed) throw refusal(`${file.name}: the quote that opens in row ${unclosed} is never closed.`);
+  if (!records.length) throw refusal(`${file.name} has no rows.`);
   const width = records.reduce((most, { length }) => Math.max(most, length), 0);
   return { name: file.name, records, width, delimiter, bom, encoding, newline: /\r\n/.test(text) ? "\r\n" : "\n" };
 }
@@ -505,9 +494,9 @@ function guess(table, but) {
 /** The form for a file, anew: another file, another header or another head. */
 function prepare() {
   const { table, head } = now;
-  for (const id of ["column", "column-pair"]) options($(id), namesOf(table).map((name, i) => [i, name]));
+  for (const id of ["column", "pair"]) options($(id), namesOf(table).map((name, i) => [i, name]));
   $("column").value = guess(table);
-  $("column-pair").value = guess(table, Number($("column").value));
+  $("pair").value = guess(table, Number($("column").value));
   $("job").hidden = !head;
   fresh();
 }
@@ -520,8 +509,8 @@ function fresh() {
   now.found = [];
   now.versions = new Set();
   const many = rows.length > MAX_ROWS;
-  const text = rows[0]?.[$("column").value] ?? "";
-  $("sample").textContent = rows.length ? `First row: ${text.slice(0, 200) || "(empty)"}` : "";
+  const text = rows[0]?.[$("column").value] || "(empty)";
+  $("sample").textContent = rows.length ? `First row: ${text.slice(0, 200)}` : "";
   $("label").disabled = many || !rows.length;
   $("progress").value = 0;
   $("progress").max = Math.max(1, rows.length);
@@ -529,17 +518,17 @@ function fresh() {
   buttons();
   const between = { ",": "commas", ";": "semicolons", "\t": "tabs" }[table.delimiter];
   const read = `${count(rows.length, "row")}, ${count(table.width, "column")}${table.width > 1 ? ` between ${between}` : ""}, ${table.encoding}.`;
-  say($("told"), many ? `${read} This page takes up to ${MAX_ROWS.toLocaleString("en")}; for more there is “bertray predict”.` : read, many);
+  say($("told"), many ? `${read} This page takes up to ${whole(MAX_ROWS)}; “bertray predict” takes more.` : read, many);
 }
 
 /** Which buttons there are; the focus goes on where its button gives way to another. */
 function buttons() {
-  const rows = rowsOf(now.table).length, left = rows - Object.keys(now.found).length, running = Boolean(now.job);
+  const rows = rowsOf(now.table).length, left = rows - Object.keys(now.found).length, running = !!now.job;
   const focused = document.activeElement;
   $("label").textContent = left < rows && left ? `Go on with ${count(left, "row")}` : `Label ${count(rows, "row")}`;
   $("label").hidden = running || !left;
   $("cancel").hidden = !running;
-  for (const id of ["column", "column-pair", "header"]) $(id).disabled = running;
+  for (const id of ["column", "pair", "header"]) $(id).disabled = running;
   $("download").hidden = running || left === rows;
   if (!$("download").hidden) offer();
   if (focused?.hidden) [$("cancel"), $("download"), $("label")].find(({ hidden }) => !hidden)?.focus();
@@ -547,11 +536,11 @@ function buttons() {
 
 async function work() {
   const { head, table } = now, rows = rowsOf(table), found = now.found;
-  const columns = [$("column").value, ...(head.pairs || isQuestion(head) ? [$("column-pair").value] : [])];
+  const columns = [$("column").value, ...(head.pairs || isQuestion(head) ? [$("pair").value] : [])];
   const inputs = rows.map((row) => columns.map((column) => row[column] ?? ""));
   const job = now.job = new AbortController();
   let finished = Object.keys(found).length, failure = null;
-  const label = () => say($("told"), `${finished.toLocaleString("en")} of ${count(rows.length, "row")} …`);
+  const label = () => say($("told"), `${whole(finished)} of ${count(rows.length, "row")} …`);
   $("told").ariaLive = "off"; // the progress bar tells
   buttons();
   label();
@@ -576,7 +565,7 @@ async function work() {
 
 function tally(head, found, rows, first) {
   const all = Object.values(found), good = all.filter((one) => !("error" in one));
-  const parts = [`${first}${good.length.toLocaleString("en")} of ${count(rows, "row")} labelled by ${head.name}, version ${[...now.versions].join(" and ") || head.version}`];
+  const parts = [`${first}${whole(good.length)} of ${count(rows, "row")} labelled by ${head.name}, version ${[...now.versions].join(" and ") || head.version}`];
   const failed = all.length - good.length, cut = good.filter((one) => one.truncated).length, odd = good.filter((one) => one.ood?.outlier).length;
   if (failed) parts.push(`${failed} failed (see the column “error”)`);
   if (cut) parts.push(`${cut} longer than the model reads`);
@@ -587,7 +576,7 @@ function tally(head, found, rows, first) {
     for (const name of namesIn(one)) counts.set(name, (counts.get(name) || 0) + 1);
   }
   const sorted = [...counts].sort((a, b) => b[1] - a[1]), most = sorted[0]?.[1];
-  $("counts").replaceChildren(...sorted.slice(0, 20).map(([name, n]) => bar(name, n / most, n.toLocaleString("en"), true)));
+  $("counts").replaceChildren(...sorted.slice(0, 20).map(([name, n]) => bar(name, n / most, whole(n), true)));
 }
 
 /** The columns that a head adds, and a row's cells in them. */
@@ -606,7 +595,7 @@ function added(head) {
 const harmless = (value) => typeof value === "string" && /^[=+\-@\t\r]/.test(value) ? `'${value}` : String(value ?? "");
 
 function written() {
-  const { table, head, found } = now, { delimiter } = table;
+  const { table, head, found } = now, delimiter = table.delimiter || ",";
   const [columns, cells] = added(head);
   const withErrors = Object.values(found).some((one) => "error" in one);
   const taken = new Set($("header").checked ? table.records[0] : []);
@@ -649,15 +638,12 @@ on($("upload"), "change", async () => {
     now.table = table;
     if (now.head) prepare();
   } catch (error) {
-    say($("told"), error instanceof Failure ? error.message : `${file.name} cannot be read.`, true);
+    say($("told"), error.status === 0 ? error.message : `${file.name} cannot be read.`, true);
   }
 });
 on($("header"), "change", prepare);
-for (const id of ["column", "column-pair"]) on($(id), "change", fresh);
-on($("job"), "submit", (event) => {
-  event.preventDefault();
-  work();
-});
+for (const id of ["column", "pair"]) on($(id), "change", fresh);
+submitted($("job"), work);
 on($("cancel"), "click", () => now.job?.abort());
 
 start();
