@@ -3,12 +3,8 @@
 import csv
 import io
 import json
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from itertools import count
@@ -16,9 +12,8 @@ from itertools import count
 import pytest
 
 pytest.importorskip("playwright", reason="playwright is not installed")
+from conftest import ROOT, SIX
 from playwright.sync_api import expect, sync_playwright
-
-from tests.conftest import ROOT, SIX
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = [
@@ -32,29 +27,13 @@ STATIC = ROOT / "bertray" / "static"
 LABELS = ["negative", "neutral", "positive"]
 TABS = {",": "csv", ";": "csv", "\t": "tsv"}
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture(scope="session")
-def address():
+def address(service):
     """Where a service with the heads `mood` (one of three labels) and `topics` (any of several) answers."""
-    script = os.environ.get("BERTRAY_STUB")
-    if not script:
-        pytest.skip("BERTRAY_STUB names no service to run")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen([sys.executable, script, str(port)])
-    url = f"http://127.0.0.1:{port}/"
-    for _ in range(200):
-        try:
-            urllib.request.urlopen(f"{url}health", timeout=5).close()
-            break
-        except OSError:
-            time.sleep(0.1)
-    yield url
-    process.kill()
-    process.wait(10)
+    return f"{service.address}/"
 
 
 @pytest.fixture(scope="module")
