@@ -189,14 +189,13 @@ const notice = (head, versions) => {
 };
 
 function told(head) {
-  const kinds = head.task === "token-classification" ? kindsOf(head) : head.labels;
-  const some = kinds.slice(0, 8).join(", ") + (kinds.length > 8 ? ` and ${kinds.length - 8} more` : "");
+  const entities = head.task === "token-classification", kinds = entities ? kindsOf(head) : head.labels;
+  const listed = kinds.join(", "), some = count(kinds.length, entities ? "kind" : "label") + (listed.length < 120 ? `: ${listed}.` : ".");
   if (isQuestion(head)) return "Answers a question with a part of a context.";
-  if (head.task === "token-classification") return `Finds names in a text, of ${count(kinds.length, "kind")}: ${some}.`;
-  if (head.problem === "regression") return `Answers with a number${kinds[0] ? `: ${kinds[0]}` : ""}.`;
-  if (head.problem === "multi_label") return `Any of ${count(kinds.length, "label")}: ${some}.`;
-  const sure = head.threshold > 0 ? ` Below ${percent(head.threshold)} it is “not sure enough”.` : "";
-  return `One of ${count(kinds.length, "label")}: ${some}.${sure}`;
+  if (entities) return `Finds names in a text, of ${some}`;
+  if (head.problem === "regression") return `Answers with a number${listed && `: ${listed}`}.`;
+  if (head.problem === "multi_label") return `Any of ${some}`;
+  return `One of ${some}${head.threshold > 0 ? ` Below ${percent(head.threshold)} it is “not sure enough”.` : ""}`;
 }
 
 const kindsOf = (head) => [...new Set(head.labels.filter((tag) => tag !== "O").map((tag) => tag.replace(/^[BIES]-/, "")))];
