@@ -33,6 +33,7 @@ from bertray.service import Options, Service, TooMuch, Wrong, check_length, inpu
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _OPEN = {"/", "/health", "/ready"}  # without a key, and /static/
+_LOOKED_AT = (b"authorization", b"host", b"origin", b"sec-fetch-site")
 _KINDS = {400: "malformed", 401: "authentication", 403: "forbidden", 404: "not_found", 408: "timeout"} | {
     405: "method_not_allowed",
     409: "conflict",
@@ -570,20 +571,23 @@ class _Door:
         self._monitor.answered(route, status, time.perf_counter() - begun)
 
     def _check(self, scope: Scope, path: str) -> None:
-        headers = {
-            name: value for name, value in scope["headers"] if name in (b"authorization", b"sec-fetch-site", b"origin")
-        }
-        foreign = headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site")
-        if (
-            foreign
-            and scope["method"] not in ("GET", "HEAD")
-            and headers.get(b"origin", b"").decode() not in self._origins
-        ):
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"] if name in _LOOKED_AT}
+        if scope["method"] not in ("GET", "HEAD") and self._is_foreign(headers):
             raise Refused(403, "Pages of other sites may not call this service. Allow them with --cors ORIGIN.")
         if not self._keys or (path in _OPEN and scope["method"] == "GET") or path.startswith("/static/"):
             return
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        digest = hashlib.sha256(given.strip()).digest()
+        scheme, _, given = headers.get(b"authorization", "").partition(" ")
+        digest = hashlib.sha256(given.strip().encode("latin-1")).digest()
         right = [hmac.compare_digest(digest, key) for key in self._keys]  # all of them, whichever it is
-        if scheme.lower() != b"bearer" or not any(right):
+        if scheme.lower() != "bearer" or not any(right):
             raise Refused(401, "A key is needed: send the header Authorization: Bearer KEY.", www_authenticate="Bearer")
+
+    def _is_foreign(self, headers: Mapping[bytes, str]) -> bool:
+        """Whether a page of another site calls, that may not. Browsers tell, but over plain http only whose page it is
+        (as Go's http.CrossOriginProtection)."""
+        origin, site = headers.get(b"origin", ""), headers.get(b"sec-fetch-site")
+        if {origin, "*"} & self._origins:
+            return False
+        if site is not None:
+            return site in ("cross-site", "same-site")
+        return bool(origin) and origin.partition("://")[2] != headers.get(b"host")
