@@ -10,9 +10,10 @@ import hashlib
 import hmac
 import math
 import re
+import reprlib
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bertray import __version__, schemas
@@ -55,6 +57,7 @@ _POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+_HEARD = 16  # times as much as is allowed, before a client is cut off
 _GONE = 499  # as nginx logs a client that did not wait; nobody reads it
 
 T = TypeVar("T")
@@ -161,12 +164,15 @@ class _Api:
         shelf = self.service.registry.shelf
         if body.heads is not None:
             heads = [self._head(shelf, name) for name in dict.fromkeys(body.heads)]
-            work = [self._predictions(shelf, head, body.inputs, _options(head, body))[0] for head in heads]
-            found = await self._unless_gone(request, _all(work))
+            asked = [
+                (head, inputs_of(head.bundle, body.inputs, self.limits)[0], _options(head, body)) for head in heads
+            ]
+            found = await self._unless_gone(request, _all([self._predictions(shelf, *each) for each in asked]))
             return _json({"heads": {head.name: _told(head, own) for head, own in zip(heads, found, strict=True)}})
         head = self._head(shelf, None)
-        coming, single = self._predictions(shelf, head, body.inputs, _options(head, body))
-        predictions = await self._unless_gone(request, coming)
+        inputs, single = inputs_of(head.bundle, body.inputs, self.limits)
+        work = self._predictions(shelf, head, inputs, _options(head, body))
+        predictions = await self._unless_gone(request, work)
         plain = [_plain(head, prediction) for prediction in predictions]
         whole = head.bundle.task == "text-classification" and nested
         return _json(plain[0] if single and not whole else plain, head)
@@ -176,17 +182,11 @@ class _Api:
         head = self._head(shelf, name)
         body = await self._body(request, schemas.PredictHead)
         options = Options(body.top_k, body.raw_scores, body.truncate, body.ood)
-        coming, _ = self._predictions(shelf, head, body.inputs, options)
-        return _json(_told(head, await self._unless_gone(request, coming)), head)
+        inputs, _ = inputs_of(head.bundle, body.inputs, self.limits)
+        work = self._predictions(shelf, head, inputs, options)
+        return _json(_told(head, await self._unless_gone(request, work)), head)
 
-    def _predictions(
-        self, shelf: Shelf, head: Head, given: Any, options: Options
-    ) -> tuple[Coroutine[Any, Any, list[dict[str, Any]]], bool]:
-        """What a head will predict, once it is awaited, and whether one input was given."""
-        inputs, single = inputs_of(head.bundle, given, self.limits)
-        return self._counted(shelf, head, inputs, options), single
-
-    async def _counted(
+    async def _predictions(
         self, shelf: Shelf, head: Head, inputs: Sequence[Input], options: Options
     ) -> list[dict[str, Any]]:
         begun = time.perf_counter()
@@ -365,15 +365,15 @@ class _Api:
         Raises:
             Refused: it is too large (413), too slow (408), no JSON (400), or JSON of another form (422).
         """
-        data = bytearray()
         try:
             async with asyncio.timeout(self.limits.deadline):
-                async for part in request.stream():
-                    data += part
-                    if len(data) > self.limits.body:
-                        raise Refused(413, f"At most {self.limits.body} bytes a request.", connection="close")
+                data = await self._data(request)
         except TimeoutError:
-            raise Refused(408, f"The body did not come within {self.limits.deadline:g} s.") from None
+            raise Refused(
+                408, f"The body did not come within {self.limits.deadline:g} s.", connection="close"
+            ) from None
+        except ClientDisconnect:
+            raise Refused(_GONE, "The client has gone.") from None
         try:
             content = orjson.loads(data)
         except ValueError as error:
@@ -382,6 +382,20 @@ class _Api:
             return model.model_validate(content)
         except ValidationError as error:
             raise Refused(422, _first(error, model)) from None
+
+    async def _data(self, request: Request) -> bytearray:
+        """The bytes of a request. Of too many all are read, within reason, since many clients do not listen before they
+        have said what they have to say."""
+        data, size, limit = bytearray(), 0, self.limits.body
+        async for part in request.stream():
+            size += len(part)
+            if size <= limit:
+                data += part
+            elif size > _HEARD * limit:
+                break
+        if size > limit:
+            raise Refused(413, f"At most {limit} bytes a request.", connection="close")
+        return data
 
     async def _unless_gone(self, request: Request, work: Awaitable[T]) -> T:
         """What is awaited, unless the client does not wait for it: then it is not done."""
@@ -423,7 +437,7 @@ def _options(head: Head, body: schemas.Predict) -> Options:
         if value is None:
             continue
         if head.bundle.task == "text-classification":
-            if name == "top_k" and isinstance(value, int) and value > 0:
+            if name == "top_k" and type(value) is int and value > 0:
                 top_k = value
                 continue
             if name == "function_to_apply" and value in ("none", link):
@@ -433,7 +447,7 @@ def _options(head: Head, body: schemas.Predict) -> Options:
             continue  # words are always labelled whole
         elif name == "top_k" and value == 1:
             continue
-        raise Wrong(f"parameters.{name[:100]} {value!r:.100} is not to be had of the head {head.name}.")
+        raise Wrong(f"parameters.{name[:100]} {reprlib.repr(value)} is not to be had of the head {head.name}.")
     return Options(top_k, raw, body.truncate)
 
 
