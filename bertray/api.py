@@ -23,6 +23,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bertray import __version__, schemas
@@ -34,7 +35,6 @@ from bertray.registry import Head, Shelf
 from bertray.service import Options, Service, TooMuch, Wrong, check_length, inputs_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_OPEN = {"/", "/health", "/ready"}  # without a key, and /static/
 _LOOKED_AT = (b"authorization", b"host", b"origin", b"sec-fetch-site")
 _KINDS = {400: "malformed", 401: "authentication", 403: "forbidden", 404: "not_found", 408: "timeout"} | {
     405: "method_not_allowed",
@@ -378,10 +378,16 @@ class _Api:
             content = orjson.loads(data)
         except ValueError as error:
             raise Refused(400, f"The body must be JSON, such as {schemas.example(model)}: {error}.") from None
+        if not isinstance(content, dict):
+            raise Refused(422, f"The body must be an object such as {schemas.example(model)}.")
+        known = model.model_fields
+        unknown = next((name for name in content if name not in known), None)
+        if unknown is not None:  # of a million, each would make an error of its own
+            raise Refused(422, f"{unknown[:100]} is not known here. Known are {', '.join(known)}.")
         try:
             return model.model_validate(content)
         except ValidationError as error:
-            raise Refused(422, _first(error, model)) from None
+            raise Refused(422, _first(error)) from None
 
     async def _data(self, request: Request) -> bytearray:
         """The bytes of a request. Of too many all are read, within reason, since many clients do not listen before they
@@ -416,13 +422,13 @@ async def _all(work: Sequence[Awaitable[T]]) -> list[T]:
     return list(await asyncio.gather(*work))
 
 
-def _first(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first mistake of a body, in a line."""
-    found = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    place = ".".join(map(str, found["loc"]))
-    if found["type"] == "extra_forbidden":
-        return f"{place[:100]} is not known here. Known are {', '.join(model.model_fields)}."
-    return f"{place}: {found['msg']}." if place else f"The body must be an object such as {schemas.example(model)}."
+def _first(error: ValidationError) -> str:
+    """The first mistake of a body, in a line. Where a text or a list may stand, it is the one farther inside."""
+    found = max(
+        error.errors(include_url=False, include_input=False, include_context=False), key=lambda e: len(e["loc"])
+    )
+    field, *inside = found["loc"]
+    return f"{field}{''.join(f'[{part}]' for part in inside if isinstance(part, int))}: {found['msg']}."
 
 
 def _options(head: Head, body: schemas.Predict) -> Options:
@@ -516,12 +522,14 @@ def _as_refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     line = {404: "There is no such path. See /docs.", 405: "This path has no such method. See /docs."}
     refused = Refused(error.status_code, line.get(error.status_code, str(error.detail)))
-    refused.headers = dict(error.headers or {})
-    return _error(refused, request.url.path)
+    if error.status_code == 405:  # the framework tells of one route of the path
+        alike = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
+        refused.headers = {"allow": ", ".join(sorted({method for route in alike for method in route.methods}))}
+    return _error(refused, request.scope["path"])
 
 
 def _as_error(request: Request, error: Exception) -> Response:
-    return _error(_refused(error), request.url.path)
+    return _error(_refused(error), request.scope["path"])
 
 
 def _error(error: Refused, path: str) -> Response:
@@ -588,7 +596,7 @@ class _Door:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"] if name in _LOOKED_AT}
         if scope["method"] not in ("GET", "HEAD") and self._is_foreign(headers):
             raise Refused(403, "Pages of other sites may not call this service. Allow them with --cors ORIGIN.")
-        if not self._keys or (path in _OPEN and scope["method"] == "GET") or path.startswith("/static/"):
+        if not self._keys or (path in schemas.OPEN and scope["method"] == "GET") or path.startswith("/static/"):
             return
         scheme, _, given = headers.get(b"authorization", "").partition(" ")
         digest = hashlib.sha256(given.strip().encode("latin-1")).digest()

@@ -5,7 +5,8 @@ from functools import cache
 from importlib import resources
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 
@@ -46,7 +47,9 @@ _Raw = Annotated[StrictBool, Field(description="logits for probabilities")]
 _Truncate = Annotated[
     StrictBool, Field(description="whether texts that are too long may be cut; else they are refused")
 ]
-_Texts = Annotated[StrictStr | list[StrictStr], Field(description="a text or a list of texts")]
+# The first mistake of a list is enough: each of millions would take longer than all there is to do.
+_Strings = Annotated[list[StrictStr], Field(fail_fast=True)]
+_Texts = Annotated[StrictStr | _Strings, Field(description="a text or a list of texts")]
 
 
 class PredictHead(_In):
@@ -64,7 +67,7 @@ class Predict(_In):
     top_k: _TopK = None
     raw_scores: _Raw = False
     truncate: _Truncate = True
-    heads: list[StrictStr] | None = Field(None, description="which heads answer; left out, the default one")
+    heads: _Strings | None = Field(None, description="which heads answer; left out, the default one")
     parameters: dict[str, Any] | None = Field(None, description="as clients of Hugging Face's pipelines send them")
 
     model_config = ConfigDict(json_schema_extra={"example": {"inputs": "this is great news!"}})
@@ -77,7 +80,7 @@ class Explain(_In):
 
 
 class Put(_In):
-    bundle: StrictStr = Field(description="a bundle's folder below that of --heads")
+    bundle: StrictStr = Field(description="a bundle's folder below that of --heads", max_length=1000)
 
     model_config = ConfigDict(json_schema_extra={"example": {"bundle": "mood/head"}})
 
@@ -256,6 +259,7 @@ class OpenAIErrors(_Out):
     error: OpenAIError
 
 
+OPEN = ("/", "/health", "/ready")  # to GET without a key; and /static/
 _Plain = list[Score] | list[Entity] | Answer | list[list[Score]] | list[list[Entity]] | list[Answer]
 _REASONS = {
     400: "the body is not JSON",
@@ -282,14 +286,17 @@ def _route(
     **more: Any,
 ) -> dict[str, Any]:
     error = OpenAIErrors if out in (EmbeddingList, ModelList) else Error
-    route: dict[str, Any] = {
-        "summary": summary,
-        "tags": [tag],
-        "responses": {status: {"model": error, "description": _REASONS[status]} for status in refused},
-        **more,
+    responses: dict[int, dict[str, Any]] = {
+        status: {"model": error, "description": _REASONS[status]} for status in refused
     }
-    if out is not None:
-        route["responses"][200] = {"model": out, "description": "answered"}
+    for status in {429, 503} & {*refused}:
+        responses[status]["headers"] = {"Retry-After": {"required": True, "schema": {"type": "integer", "minimum": 1}}}
+    if isinstance(out, type) and issubclass(out, Response):
+        more["response_class"] = out
+        responses[200] = {"description": "answered"}
+    elif out is not None:
+        responses[200] = {"model": out, "description": "answered"}
+    route: dict[str, Any] = {"summary": summary, "tags": [tag], "responses": responses, **more}
     if body is not None:
         schema = {"$ref": f"#/components/schemas/{body.__name__}"}
         route["openapi_extra"] = {
@@ -326,6 +333,9 @@ ROUTES: dict[tuple[str, str], dict[str, Any]] = {
     ("GET", "/health"): _route("Whether the service lives", "service", Status),
     ("GET", "/ready"): _route("Whether it can answer", "service", Status, None, (503,)),
     ("GET", "/info"): _route("What is served, and the limits of requests", "service", Info),
+    ("GET", "/metrics"): _route("Counters, as Prometheus reads them", "service", PlainTextResponse),
+    ("GET", "/docs"): _route("This, for people", "service", HTMLResponse),
+    ("GET", "/"): _route("A page to try it", "service", HTMLResponse),
 }
 ROUTES["PUT", "/v1/heads/{name}"]["responses"] |= _CREATED
 _BODIES = (Predict, PredictHead, Explain, Put, Embed, Embeddings)
@@ -348,15 +358,16 @@ def describe(app: FastAPI, keyed: bool) -> None:
         for name in ("HTTPValidationError", "ValidationError"):  # the framework's own, which is never sent
             schemas.pop(name, None)
         for path, methods in found["paths"].items():
-            for route in methods.values():
+            error = "OpenAIErrors" if path in ("/v1/embeddings", "/v1/models") else "Error"
+            for method, route in methods.items():
                 told = route["responses"]
                 if "HTTPValidationError" in str(told.get("422", "")):
                     del told["422"]
-                if keyed and path not in ("/health", "/ready"):
+                if keyed and not (method == "get" and path in OPEN):
                     route["security"] = [{"key": []}]
                     told["401"] = {
                         "description": _REASONS[401],
-                        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+                        "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{error}"}}},
                     }
         if keyed:
             found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
