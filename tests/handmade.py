@@ -1,5 +1,6 @@
 """Stores and bundles made by hand, for tests of what reads them."""
 
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -70,3 +71,66 @@ def bundle(task="text-classification", problem="single_label", labels=("a", "b",
         "metrics": {},
     }
     return Bundle(task, problem, tuple(labels), **made | fields)
+
+
+LABELS = ("negative", "neutral", "positive")
+
+
+def heads_of_every_kind(folder, rows):
+    """Bundles of every kind of head on one encoder, in full precision so that all processes give the same numbers, as
+    NAME/head below a folder: their names. `mood` knows sense, since it is fitted (by least squares) on rows with text
+    and label; all others are random.
+    """
+    from conftest import MINILM
+
+    from bertray import bundle as bundles
+    from bertray.checkpoints import find
+    from bertray.encoder import Encoder
+    from bertray.predict import encoder_spec
+
+    checkpoint = find(MINILM)
+    encoder = {"model": MINILM, "revision": "main", "pooling": "mean", "layers": "last", "pair": "cross"} | {
+        "max_length": 512,
+        "truncation": "truncate",
+        "overlap": 64,
+        "states": "store",
+        "precision": "fp32",
+        "identity": checkpoint.identity,
+    }
+    vectors = Encoder(checkpoint, encoder_spec(encoder)).encode([row["text"] for row in rows]).vectors
+    wide = np.concatenate([vectors.astype(np.float64), np.ones((len(rows), 1))], 1)
+    wanted = 4.0 * np.array([[row["label"] == label for label in LABELS] for row in rows]) - 2.0
+    fitted = np.linalg.solve(wide.T @ wide + np.eye(wide.shape[1]), wide.T @ wanted).T.astype(np.float32)
+    mood = LinearHead(np.ascontiguousarray(fitted[:, :-1]), fitted[:, -1].copy())
+
+    def random(outputs, width, seed, size=0.3):
+        rng = np.random.default_rng(seed)
+        weight, bias = size * rng.standard_normal((outputs, width)), 0.1 * rng.standard_normal(outputs)
+        return LinearHead(weight.astype(np.float32), bias.astype(np.float32))
+
+    width = vectors.shape[1]
+    siamese = {**encoder, "pair": "siamese"}
+    tags = ("O", "B-person", "I-person", "B-place", "I-place")
+    lengths = tuple(-0.5 * n for n in range(1, 9))
+    made = {
+        "mood": bundle(labels=LABELS, head=mood),
+        "other": bundle(labels=LABELS, head=LinearHead(-mood.weight, -mood.bias), fingerprint="other"),
+        "topics": bundle("text-classification", "multi_label", ("family", "travel", "work"), head=random(3, width, 1)),
+        "stars": bundle("text-classification", "regression", ("stars",), head=random(1, width, 2)),
+        "same": bundle(labels=("no", "yes"), pair="b", encoder=siamese, head=random(2, 4 * width, 3, 0.1)),
+        "follows": bundle(labels=("no", "yes"), pair="b", head=random(2, width, 4)),
+        "entities": bundle("token-classification", labels=tags, features=("first_4",), head=random(5, width, 5, 0.2)),
+        "questions": bundle(
+            "question-answering",
+            labels=("start", "end"),
+            features=("mean_2", "mean_4"),
+            pair="context",
+            lengths=lengths,
+            head=random(2, 6 * width, 6, 0.05),
+        ),
+    }
+    for name, one in made.items():
+        own = {**encoder, **one.encoder}
+        columns = {"text": "text", "label": "label", "id": "", **one.columns}
+        bundles.save(replace(one, encoder=own, columns=columns), str(folder / name / "head"))
+    return list(made)
