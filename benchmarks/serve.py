@@ -199,18 +199,26 @@ _APPS: dict[str, Callable[..., Any]] = {
 def _measure(service: Running, measured: Measured, sent: Texts, expected: Expected, seconds: float) -> None:
     """One round of a service under all kinds of load."""
     first = service.difference(expected)
-    target = service.target
-    sent.send(target, _CONNECTIONS, min(3, seconds))
-    sent.send(target, _LISTERS, min(2, seconds), _LIST)
-    found = {ONE: sent.send(target, 1, seconds), MANY: sent.send(target, _CONNECTIONS, seconds)}
-    found[LISTS] = sent.send(target, _LISTERS, seconds, _LIST)
-    if not found[MANY].rate:
-        raise SkippedError(f"it answers none of {_CONNECTIONS} connections")
-    found[PACED] = sent.send(target, _SPARE, seconds, rate=_PACE * found[MANY].rate)
+
+    def outcome(connections: int, seconds: float, count: int = 0, rate: float = 0) -> Outcome:
+        found = sent.send(service.target, connections, seconds, count, rate)
+        service.settle()
+        return found
+
+    outcome(_CONNECTIONS, min(3, seconds))  # a warm-up
+    outcome(_LISTERS, min(2, seconds), _LIST)
+    found = {
+        ONE: outcome(1, seconds),
+        MANY: outcome(_CONNECTIONS, seconds),
+        LISTS: outcome(_LISTERS, seconds, _LIST),
+    }
+    if not (found[ONE].rate and found[MANY].rate):
+        raise SkippedError(f"it answers nothing in {seconds:g} seconds")
+    found[PACED] = outcome(_SPARE, seconds, rate=_PACE * found[MANY].rate)
     last = service.difference(expected)
     measured.difference = max(measured.difference, first, last)
-    for kind, outcome in found.items():
-        measured.outcomes[kind].append(outcome)
+    for kind, one in found.items():
+        measured.outcomes[kind].append(one)
 
 
 def _say(line: str) -> None:

@@ -81,6 +81,10 @@ class Running:
             raise SkippedError(f"it answers otherwise than bertray in Python, by {most:.2g}")
         return most
 
+    def settle(self) -> None:
+        """Wait until it has worked off what it was sent, also for those that did not wait for their answers."""
+        self._ask("a plain text")
+
     def _ask(self, texts: str | list[str]) -> Any:
         body = json.loads(f'{{"{self.target.key}": {json.dumps(texts)}{self.target.rest}}}')
         answer = call(self.target.url, body)
@@ -95,7 +99,7 @@ def call(url: str, body: Any = None, method: str | None = None) -> Any:
     """
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)
 
 
