@@ -9,7 +9,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 _TWEETS = ROOT.parent / "shared" / "data" / "tweets" / "train.jsonl"
-_DEMO = ROOT / "jobs" / "data" / "demo-train.csv"
+DEMO = ROOT / "jobs" / "data" / "demo-train.csv"
 NAMES = ("tweets", "mixed", "long")
 _LIGHTER = 8  # one long text costs about as much as so many tweets
 
@@ -24,13 +24,14 @@ def corpus(name: str, tweets_count: int, tokenizer: Path) -> list[str]:
 
 def tweets(n: int) -> list[str]:
     """n tweets, or rows of the demo where the tweets are not at hand; repeated if there are fewer."""
-    if _TWEETS.exists():
-        with _TWEETS.open(encoding="utf-8") as lines:
-            found = [json.loads(line)["text"] for line in itertools.islice(lines, n)]
-    else:
-        with _DEMO.open(encoding="utf-8", newline="") as lines:
-            found = [row["text"] for row in csv.DictReader(lines)]
-    return list(itertools.islice(itertools.cycle(found), n))
+    return list(itertools.islice(itertools.cycle(rows(_TWEETS if _TWEETS.exists() else DEMO, n)), n))
+
+
+def rows(file: Path, n: int | None = None) -> list[str]:
+    """The texts of a file, JSON Lines or CSV, or the first n of them."""
+    with file.open(encoding="utf-8", newline="") as lines:
+        found = map(json.loads, lines) if file.suffix == ".jsonl" else csv.DictReader(lines)
+        return [row["text"] for row in itertools.islice(found, n)]
 
 
 def mixed(n: int, tokenizer: Path, seed: int = 0) -> list[str]:
