@@ -131,6 +131,7 @@ class _Api:
             ("POST", "/predict", self.predict),
             ("POST", "/", self.predict_as_pipelines),
             ("GET", "/v1/heads", self.heads),
+            ("POST", "/v1/heads/{name}", self.predict_head_as_pipelines),
             ("POST", "/v1/heads/{name}/predict", self.predict_head),
             ("POST", "/v1/heads/{name}/explain", self.explain_head),
             ("PUT", "/v1/heads/{name}", self.put_head),
@@ -154,22 +155,34 @@ class _Api:
 
     async def predict(self, request: Request) -> Response:
         body = await self._body(request, schemas.Predict)
-        return await self._predict(request, body, nested=body.parameters is not None)
+        return await self._predict(request, body, body.heads, nested=body.parameters is not None)
 
     async def predict_as_pipelines(self, request: Request) -> Response:
         body = await self._body(request, schemas.Predict)
-        return await self._predict(request, body, nested=True)
+        return await self._predict(request, body, body.heads, nested=True)
 
-    async def _predict(self, request: Request, body: schemas.Predict, nested: bool) -> Response:
+    async def predict_head_as_pipelines(self, request: Request, name: str) -> Response:
+        self._head(self.service.registry.shelf, name)
+        return await self._predict(request, await self._body(request, schemas.Pipelines), name=name, nested=True)
+
+    async def _predict(
+        self,
+        request: Request,
+        body: schemas.Pipelines,
+        names: Sequence[str] | None = None,
+        *,
+        name: str | None = None,
+        nested: bool,
+    ) -> Response:
         shelf = self.service.registry.shelf
-        if body.heads is not None:
-            heads = [self._head(shelf, name) for name in dict.fromkeys(body.heads)]
+        if names is not None:
+            heads = [self._head(shelf, name) for name in dict.fromkeys(names)]
             asked = [
                 (head, inputs_of(head.bundle, body.inputs, self.limits)[0], _options(head, body)) for head in heads
             ]
             found = await self._unless_gone(request, _all([self._predictions(shelf, *each) for each in asked]))
             return _json({"heads": {head.name: _told(head, own) for head, own in zip(heads, found, strict=True)}})
-        head = self._head(shelf, None)
+        head = self._head(shelf, name)
         inputs, single = inputs_of(head.bundle, body.inputs, self.limits)
         work = self._predictions(shelf, head, inputs, _options(head, body))
         predictions = await self._unless_gone(request, work)
@@ -431,7 +444,7 @@ def _first(error: ValidationError) -> str:
     return f"{field}{''.join(f'[{part}]' for part in inside if isinstance(part, int))}: {found['msg']}."
 
 
-def _options(head: Head, body: schemas.Predict) -> Options:
+def _options(head: Head, body: schemas.Pipelines) -> Options:
     """What a request of text-embeddings-inference asks for, or one of the pipelines in its `parameters`.
 
     Raises:

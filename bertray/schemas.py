@@ -62,13 +62,18 @@ class PredictHead(_In):
     model_config = ConfigDict(json_schema_extra={"example": {"inputs": "this is great news!"}})
 
 
-class Predict(_In):
+class Pipelines(_In):
     inputs: _Inputs
     top_k: _TopK = None
     raw_scores: _Raw = False
     truncate: _Truncate = True
-    heads: _Strings | None = Field(None, description="which heads answer; left out, the default one")
     parameters: dict[str, Any] | None = Field(None, description="as clients of Hugging Face's pipelines send them")
+
+    model_config = ConfigDict(json_schema_extra={"example": {"inputs": "this is great news!"}})
+
+
+class Predict(Pipelines):
+    heads: _Strings | None = Field(None, description="which heads answer; left out, the default one")
 
     model_config = ConfigDict(json_schema_extra={"example": {"inputs": "this is great news!"}})
 
@@ -315,6 +320,9 @@ ROUTES: dict[tuple[str, str], dict[str, Any]] = {
         _OF_A_TEXT,
     ),
     ("POST", "/"): _route("The same, as Hugging Face's clients ask", "predict", _Plain | ByHead, Predict, _OF_A_TEXT),
+    ("POST", "/v1/heads/{name}"): _route(
+        "What a head predicts, as Hugging Face's clients ask", "predict", _Plain, Pipelines, _OF_A_TEXT
+    ),
     ("POST", "/v1/heads/{name}/predict"): _route(
         "What a head predicts", "predict", Predictions, PredictHead, _OF_A_TEXT
     ),
@@ -338,7 +346,7 @@ ROUTES: dict[tuple[str, str], dict[str, Any]] = {
     ("GET", "/"): _route("A page to try it", "service", HTMLResponse),
 }
 ROUTES["PUT", "/v1/heads/{name}"]["responses"] |= _CREATED
-_BODIES = (Predict, PredictHead, Explain, Put, Embed, Embeddings)
+_BODIES = (Pipelines, Predict, PredictHead, Explain, Put, Embed, Embeddings)
 
 
 def example(model: type[BaseModel]) -> str:
