@@ -1,4 +1,4 @@
-"""The HTTP API of a service, with its errors, keys and pages. Knows nothing of Ray.
+"""The HTTP API of a service: its routes, and what they make of requests. Knows nothing of Ray.
 
 Answers are those of Hugging Face's text-embeddings-inference and pipelines, and of OpenAI for /v1/embeddings, so that
 their clients work. Bodies are parsed here and not by the framework, whose way takes longer than encoding a short text.
@@ -6,13 +6,9 @@ their clients work. Bodies are parsed here and not by the framework, whose way t
 
 import asyncio
 import base64
-import hashlib
-import hmac
-import math
 import re
 import reprlib
 import time
-import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any, TypeVar
@@ -20,14 +16,13 @@ from typing import Any, TypeVar
 import orjson
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ValidationError
-from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from bertray import __version__, schemas
 from bertray.batcher import Input, Late, Overloaded, Unavailable
+from bertray.door import Door, Refused, tell_errors
 from bertray.errors import BertrayError, BundleError
 from bertray.monitor import Monitor
 from bertray.progress import log
@@ -35,23 +30,6 @@ from bertray.registry import Head, Shelf
 from bertray.service import Options, Service, TooMuch, Wrong, check_length, inputs_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_LOOKED_AT = (b"authorization", b"host", b"origin", b"sec-fetch-site")
-_KINDS = {400: "malformed", 401: "authentication", 403: "forbidden", 404: "not_found", 408: "timeout"} | {
-    405: "method_not_allowed",
-    409: "conflict",
-    413: "too_large",
-    422: "validation",
-    429: "overloaded",
-    500: "internal",
-    503: "unavailable",
-    504: "timeout",
-}
-_HEADERS = [
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"x-frame-options", b"DENY"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-]
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -62,15 +40,6 @@ _GONE = 499  # as nginx logs a client that did not wait; nobody reads it
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
-
-
-class Refused(Exception):
-    """A request is answered with an error: status, and a line."""
-
-    def __init__(self, status: int, message: str, **headers: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
 def application(
@@ -98,11 +67,9 @@ def application(
     )
     api = _Api(service, monitor, told, is_ready, bool(keys))
     api.add_routes(app)
-    app.add_exception_handler(HTTPException, _as_refused)
-    for kind in (Refused, BertrayError, Exception):
-        app.add_exception_handler(kind, _as_error)
+    tell_errors(app)
     schemas.describe(app, bool(keys))
-    door: ASGIApp = _Door(app, monitor, keys, origins)
+    door: ASGIApp = Door(app, monitor, keys, origins)
     if origins:
         door = CORSMiddleware(door, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
     return door
@@ -528,101 +495,3 @@ def _asset(name: str) -> bytes:
 
 def _page(content: bytes) -> Response:
     return Response(content, media_type="text/html", headers={"content-security-policy": _POLICY})
-
-
-def _as_refused(request: Request, error: Exception) -> Response:
-    """What the framework itself refuses: unknown paths and methods."""
-    assert isinstance(error, HTTPException)
-    line = {404: "There is no such path. See /docs.", 405: "This path has no such method. See /docs."}
-    refused = Refused(error.status_code, line.get(error.status_code, str(error.detail)))
-    if error.status_code == 405:  # the framework tells of one route of the path
-        alike = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
-        refused.headers = {"allow": ", ".join(sorted({method for route in alike for method in route.methods}))}
-    return _error(refused, request.scope["path"])
-
-
-def _as_error(request: Request, error: Exception) -> Response:
-    return _error(_refused(error), request.scope["path"])
-
-
-def _error(error: Refused, path: str) -> Response:
-    kind = _KINDS.get(error.status, "error")
-    content: dict[str, Any] = {"error": str(error), "error_type": kind}
-    if path.endswith(("/v1/embeddings", "/v1/models")):
-        content = {"error": {"message": str(error), "type": kind, "param": None, "code": kind}}
-    return Response(orjson.dumps(content), error.status, error.headers, "application/json")
-
-
-def _refused(error: Exception) -> Refused:
-    """The answer to a request that an error ended."""
-    if isinstance(error, Refused):
-        return error
-    if isinstance(error, TooMuch):
-        return Refused(413, str(error))
-    if isinstance(error, Wrong):
-        return Refused(422, str(error))
-    if isinstance(error, Overloaded):
-        return Refused(429, str(error), retry_after=str(math.ceil(error.seconds)))
-    if isinstance(error, Late):
-        return Refused(504, str(error))
-    if isinstance(error, Unavailable):
-        return Refused(503, str(error), retry_after="5")
-    # Where it happened, and not what it says, which may be a user's text.
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    log.error("serve: %s in %s, line %s: a bug of ours", type(error).__name__, place.filename, place.lineno)
-    return Refused(500, "This is a mistake of the service. Its log tells more.")
-
-
-class _Door:
-    """What every request passes: who may come in, what is counted, and that an error is told in a line."""
-
-    def __init__(self, app: ASGIApp, monitor: Monitor, keys: Sequence[str], origins: Sequence[str]) -> None:
-        self._app, self._monitor, self._origins = app, monitor, {*origins}
-        self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        begun, status = time.perf_counter(), 0
-
-        async def answer(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message.get("headers", ()), *_HEADERS]
-            await send(message)
-
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        try:
-            self._check(scope, path)
-            await self._app(scope, receive, answer)
-        except Exception as error:
-            if not status:  # else the framework has told it
-                await _error(_refused(error), path)(scope, receive, answer)
-        if status >= 400:
-            self._monitor.refused(_KINDS.get(status, "gone"))
-        route = getattr(scope.get("route"), "path", "none")
-        self._monitor.answered(route, status, time.perf_counter() - begun)
-
-    def _check(self, scope: Scope, path: str) -> None:
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"] if name in _LOOKED_AT}
-        if scope["method"] not in ("GET", "HEAD") and self._is_foreign(headers):
-            raise Refused(403, "Pages of other sites may not call this service. Allow them with --cors ORIGIN.")
-        if not self._keys or (path in schemas.OPEN and scope["method"] == "GET") or path.startswith("/static/"):
-            return
-        scheme, _, given = headers.get(b"authorization", "").partition(" ")
-        digest = hashlib.sha256(given.strip().encode("latin-1")).digest()
-        right = [hmac.compare_digest(digest, key) for key in self._keys]  # all of them, whichever it is
-        if scheme.lower() != "bearer" or not any(right):
-            raise Refused(401, "A key is needed: send the header Authorization: Bearer KEY.", www_authenticate="Bearer")
-
-    def _is_foreign(self, headers: Mapping[bytes, str]) -> bool:
-        """Whether a page of another site calls, that may not. Browsers tell, but over plain http only whose page it is
-        (as Go's http.CrossOriginProtection)."""
-        origin, site = headers.get(b"origin", ""), headers.get(b"sec-fetch-site")
-        if {origin, "*"} & self._origins:
-            return False
-        if site is not None:
-            return site in ("cross-site", "same-site")
-        return bool(origin) and origin.partition("://")[2] != headers.get(b"host")
