@@ -502,9 +502,9 @@ def report(soak: Soak, apart: float) -> str:
             f"version {soak.rollbacks:,} times, and the process that encodes was killed (SIGKILL) {len(soak.silences)} "
             f"times; the longest time without an answer after that: {silences} seconds. *Right*: form and status as "
             f"they should be, and scores within {_SCORE} (vectors within a cosine of {_COSINE}) of what bertray "
-            "answers in Python with the bundle of the version that the answer names. The two bundles can be told apart on "
-            f"{apart:.0%} of the texts. *Of an older version*: right, but of a version that had been replaced before "
-            "the request was sent. *Lost*: the connection broke, or no answer in a minute.",
+            "answers in Python with the bundle of the version that the answer names. The two bundles can be told apart "
+            f"on {apart:.0%} of the texts. *Of an older version*: right, but of a version that had been replaced "
+            "before the request was sent. *Lost*: the connection broke, or no answer in a minute.",
             results.table(lines),
             results.table([_grown(soak.memory, soak.seconds)]),
             "\n".join(f"- {name}: {fact}" for name, fact in machine.describe().items()),
