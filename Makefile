@@ -14,7 +14,7 @@ help:
 	@echo "make serve  serve the demo's head over HTTP"
 	@echo "make test   install, then lint, type-check and run all tests"
 	@echo "make check  lint and type-check alone"
-	@echo "make bench  install, then measure the engine beside what else there is, into benchmarks/RESULTS.md"
+	@echo "make bench  install, then measure the engine and the service beside what else there is, into benchmarks/RESULTS.md"
 	@echo "make chaos  install, then kill workers, nodes and drivers at random and compare with an undisturbed run"
 	@echo "make clean  remove the environment and what runs wrote"
 
@@ -35,6 +35,7 @@ bench: $(VENV)/bench.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.engine --device cpu --write
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.job --write
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.scale --write
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.serve --soak 10 --write
 
 chaos: $(VENV)/test.stamp
 	BERTRAY_KILLS=24 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_chaos.py -s

@@ -74,6 +74,8 @@ def stop(process: subprocess.Popen[bytes], patience: float = 20) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    while _left(started) and time.monotonic() < deadline + 5:  # the kernel takes its time
+        time.sleep(0.02)
 
 
 def _left(started: Mapping[int, bytes]) -> list[int]:

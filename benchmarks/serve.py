@@ -87,19 +87,21 @@ def _sections(options: argparse.Namespace, scratch: Path) -> Iterator[tuple[str,
             f"There is no {source}. Give --data the folder that tweets/train.jsonl is in, or leave it out."
         )
     corpus = list(dict.fromkeys(text for text in texts.rows(source) if text.strip()))
-    bundle = options.bundle or _fitted(source, scratch / "run")
     if options.rounds:
+        bundle = options.bundle or _fitted(source, scratch / "run")
         yield "serve", _compared(options, bundle, corpus, scratch)
     if options.soak:
-        heads = {name: _fitted(source, scratch / "heads" / name, **head) for name, head in soak.HEADS.items()}
+        heads = {
+            name: _fitted(source, scratch / "heads" / name, soak.PRECISION, **head) for name, head in soak.HEADS.items()
+        }
         yield "serve-soak", soak.section(heads, scratch, corpus, options.soak * 60)
 
 
-def _fitted(source: Path, output: Path, **head: Any) -> str:
+def _fitted(source: Path, output: Path, precision: str = "auto", **head: Any) -> str:
     """The folder of a head that is fitted on the first rows of a source, in a process of its own."""
     spec = {
         "data": {"train": {"path": str(source), "limit": _ROWS}, "labels": ["negative", "neutral", "positive"]},
-        "encoder": {"model": MODEL, "pooling": "mean"},
+        "encoder": {"model": MODEL, "pooling": "mean", "precision": precision},
         "head": head,
         "ray": {"address": "local"},
         "output": str(output),
