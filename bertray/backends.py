@@ -75,11 +75,11 @@ def _automatic(model: Any, device: str) -> list[str]:
     """The precisions that `auto` may stand for, the fastest first."""
     if device == "cuda":
         return ["bf16", "fp16", "fp32"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["fp16", "fp32"]
-    gain = _gain_of_bf16()
+    bf16 = ["bf16"] if _gain_of_bf16() > 1.3 else []
     integers = [] if native.why_not(model) else ["int16"]  # twice the rate of fp32
-    if gain > 3:  # AMX
-        return ["bf16", *integers, "fp32"]
-    return [*integers, *(["bf16"] if gain > 1.3 else []), "fp32"]
+    if "amx_bf16" in native.cpu_flags():  # told and not timed: processes that answer together must choose alike
+        return [*bf16, *integers, "fp32"]
+    return [*integers, *bf16, "fp32"]
 
 
 def _gain_of_bf16(size: int = 512) -> float:

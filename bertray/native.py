@@ -79,7 +79,7 @@ class _Model(ctypes.Structure):
 
 def why_not(model: Any) -> str:
     """Why this machine or backend cannot run a loaded model; empty if it can."""
-    if missing := _CPU_FLAGS - _cpu_flags():
+    if missing := _CPU_FLAGS - cpu_flags():
         return f"this processor has no {min(missing)}"
     config = model.config
     if getattr(config, "is_decoder", False):
@@ -109,7 +109,8 @@ def first_position(model: Any) -> int:
 
 
 @cache
-def _cpu_flags() -> frozenset[str]:
+def cpu_flags() -> frozenset[str]:
+    """What the processor can do, by Linux's names; nothing elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

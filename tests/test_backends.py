@@ -205,15 +205,15 @@ def test_a_backend_that_differs_is_not_used(small, monkeypatch, caplog):
 @pytest.fixture
 def afresh():
     """Whatever is known of this machine is found out again, before and after."""
-    for found in (native._library, native._cpu_flags):
+    for found in (native._library, native.cpu_flags):
         found.cache_clear()
     yield
-    for found in (native._library, native._cpu_flags):
+    for found in (native._library, native.cpu_flags):
         found.cache_clear()
 
 
 def test_another_processor_gets_torch(small, monkeypatch):
-    monkeypatch.setattr(native, "_cpu_flags", lambda: frozenset({"avx2", "fma"}))
+    monkeypatch.setattr(native, "cpu_flags", lambda: frozenset({"avx2", "fma"}))
     assert isinstance(backends.choose(small, "fp32", MEAN, "cpu"), TorchBackend)
     assert isinstance(backends.choose(small, "auto", MEAN, "cpu"), TorchBackend)
     with pytest.raises(CheckpointError, match=r"precision int8 cannot be had here: this processor has no avx512.*auto"):
