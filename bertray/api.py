@@ -34,7 +34,6 @@ from bertray.progress import log
 from bertray.registry import Head, Shelf
 from bertray.service import Options, Service, TooMuch, Wrong, check_length, inputs_of
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _LOOKED_AT = (b"authorization", b"host", b"origin", b"sec-fetch-site")
 _KINDS = {400: "malformed", 401: "authentication", 403: "forbidden", 404: "not_found", 408: "timeout"} | {
     405: "method_not_allowed",
@@ -234,7 +233,7 @@ class _Api:
         )
 
     async def put_head(self, request: Request, name: str) -> Response:
-        if not _NAME.fullmatch(name):
+        if not re.fullmatch(schemas.NAME, name):
             raise Refused(422, "A head's name is up to 100 letters, digits, dots, dashes and underscores.")
         body = await self._body(request, schemas.Put)
         known = name in self.service.registry.shelf.heads
