@@ -29,7 +29,6 @@ from bertray.progress import log
 from bertray.registry import Head, Shelf
 from bertray.service import Options, Service, TooMuch, Wrong, check_length, inputs_of
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -201,7 +200,7 @@ class _Api:
         )
 
     async def put_head(self, request: Request, name: str) -> Response:
-        if not _NAME.fullmatch(name):
+        if not re.fullmatch(schemas.NAME, name):
             raise Refused(422, "A head's name is up to 100 letters, digits, dots, dashes and underscores.")
         body = await self._body(request, schemas.Put)
         known = name in self.service.registry.shelf.heads

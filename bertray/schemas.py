@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 
 class _In(BaseModel):
@@ -42,7 +42,10 @@ _Inputs = Annotated[
         },
     ),
 ]
-_TopK = Annotated[StrictInt | None, Field(ge=1, description="so many labels at most; left out, all of them")]
+_whole = BeforeValidator(lambda n: int(n) if isinstance(n, float) and n.is_integer() else n)  # 2.0 is one to JSON
+_TopK = Annotated[
+    Annotated[StrictInt, Field(ge=1), _whole] | None, Field(description="so many labels at most; left out, all of them")
+]
 _Raw = Annotated[StrictBool, Field(description="logits for probabilities")]
 _Truncate = Annotated[
     StrictBool, Field(description="whether texts that are too long may be cut; else they are refused")
@@ -73,7 +76,9 @@ class Pipelines(_In):
 
 
 class Predict(Pipelines):
-    heads: _Strings | None = Field(None, description="which heads answer; left out, the default one")
+    heads: Annotated[_Strings, Field(min_length=1)] | None = Field(
+        None, description="which heads answer; left out, the default one"
+    )
 
     model_config = ConfigDict(json_schema_extra={"example": {"inputs": "this is great news!"}})
 
@@ -102,7 +107,9 @@ class Embeddings(_In):
     input: _Texts
     model: StrictStr = Field(description="the encoder's name, or that of a head whose vectors are wanted")
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: StrictInt | None = Field(None, description="vectors cannot be shortened: their own width, or left out")
+    dimensions: Annotated[StrictInt, _whole] | None = Field(
+        None, description="vectors cannot be shortened: their own width, or left out"
+    )
     user: StrictStr | None = Field(None, description="taken, and not looked at")
 
     model_config = ConfigDict(json_schema_extra={"example": {"input": "this is great news!", "model": "mood"}})
@@ -264,6 +271,7 @@ class OpenAIErrors(_Out):
     error: OpenAIError
 
 
+NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,99}"  # of a head
 OPEN = ("/", "/health", "/ready")  # to GET without a key; and /static/
 _Plain = list[Score] | list[Entity] | Answer | list[list[Score]] | list[list[Entity]] | list[Answer]
 _REASONS = {
@@ -377,6 +385,8 @@ def describe(app: FastAPI, keyed: bool) -> None:
                         "description": _REASONS[401],
                         "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{error}"}}},
                     }
+        (name,) = found["paths"]["/v1/heads/{name}"]["put"]["parameters"]
+        name["schema"]["pattern"] = f"^{NAME}$"
         if keyed:
             found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         return found
