@@ -171,6 +171,7 @@ class Batcher:
         self._finished = 0.0
         self._rate = 5_000.0  # tokens a second
         self._density = 0.3  # tokens a character
+        self._seen = 300.0, 1_000.0  # tokens and characters of what was encoded lately
         self._tokens = 0.0  # that wait
         self.waiting = 0
 
@@ -329,6 +330,7 @@ class Batcher:
         characters = sum(len(given.text) + len(given.pair or "") for given in (waiting.key[1] for waiting in batch))
         if tokens >= _LEAST // 2:
             self._rate += _FADING * (tokens / max(seconds, 1e-4) - self._rate)
-        if characters:
-            own = max(0, tokens - _SPECIAL * len(batch))
-            self._density += _FADING * (min(own / characters, 1.0) - self._density)
+        own = max(0, tokens - _SPECIAL * len(batch)), characters
+        seen = [old + _FADING * (new - old) for old, new in zip(self._seen, own, strict=True)]
+        self._seen = seen[0], seen[1]
+        self._density = min(seen[0] / max(seen[1], 1.0), 1.0)
