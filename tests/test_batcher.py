@@ -81,7 +81,7 @@ class Bench:
     def steady(self, rate):
         """Take the encoder for one of so many tokens a second, and texts for a token in five characters, whatever is
         measured."""
-        self.batcher._rate, self.batcher._density = rate, 0.2
+        self.batcher._speed, self.batcher._density = SimpleNamespace(value=rate), SimpleNamespace(value=0.2)
         self.batcher._measure = lambda *_: None
         return self
 
@@ -158,7 +158,8 @@ async def test_a_batch_holds_so_many_tokens():
     sizes = [len(batch) for _, batch in bench.batches]
     assert sum(sizes) == 40
     assert set(sizes[:-1]) == {7}
-    bench.batcher._rate, bench.batches[:] = 1e9, []
+    bench.steady(1e9)
+    bench.batches.clear()
     await bench.ask(*texts)
     assert [len(batch) for _, batch in bench.batches] == [40]
 
@@ -564,30 +565,36 @@ async def test_an_error_reaches_exactly_those_who_asked():
 # --- what it learns ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("places", [1, 2])
-def test_how_fast_encoders_are_and_how_dense_texts_is_learned(monkeypatch, places):
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_how_fast_encoders_are_and_how_dense_texts_is_learned(monkeypatch, at_once):
+    """Also where answers of several encoders come at the same moment."""
     now = 0.0
     monkeypatch.setattr(batcher, "time", SimpleNamespace(monotonic=lambda: now))
 
     async def scenario():
-        bench, turn = Bench(places=places), asyncio.Lock()
+        bench, begun = Bench(places=at_once), []
 
         async def encode(kind, inputs):
             nonlocal now
-            async with turn:  # as processes that share a machine
-                reads = [read_of(given) for given in inputs]
-                now += sum(read.tokens for read in reads) / 50_000
+            reads = [read_of(given) for given in inputs]
+            begun.append(sum(read.tokens for read in reads))
+            await asyncio.sleep(0)  # until all have begun
+            await asyncio.sleep(0)
+            now += sum(begun) / 50_000
+            begun.clear()
             return reads
 
         bench.batcher._encode = encode
-        for n in range(80):
-            await bench.ask(*(f"{n} {m} " + "abcdefghi " * 100 for m in range(4)))  # a token in ten characters
+        for n in range(300):
+            await bench.ask(*(f"{n} {m} " + "abcdefghi " * 50 for m in range(20)))  # a token in ten characters
             await bench.ask("one")  # says little of how fast they are
+            await bench.ask(" " * 90_000)  # or of how dense texts are
         return bench.batcher
 
     learned = asyncio.run(scenario())
-    assert learned._rate == pytest.approx(50_000, rel=0.01)
-    assert learned._density == pytest.approx(0.1, rel=0.5)
+    assert learned._speed.value == pytest.approx(50_000, rel=0.02)
+    assert learned._density.value == pytest.approx(0.1, rel=0.1)
+    assert learned._estimated(A, Input("x" * 500)) == pytest.approx(52, rel=0.1)
     assert learned._estimated(A, Input("x" * 1_000_000)) == 512
 
 

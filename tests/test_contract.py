@@ -34,6 +34,9 @@ _MARKER = "xyzzyplugh"  # in texts that no log may hold
 _KEYS = ("key-of-a-file-1", "key-of-a-file-2", "key-of-the-environment")
 _STRICT = {"queue": 4, "deadline": 2, "body": 1_000_000, "characters": 3_000, "texts": 500, "cache": 0}
 _FRIEND = "https://friend.example"
+_OTHER = {"model": "x", "revision": "", "max_length": 9, "truncation": "truncate", "identity": {"weights": ""}} | {
+    "precision": "fp32"
+}
 
 
 @pytest.fixture(scope="module")
@@ -541,7 +544,7 @@ def test_what_there_is_not(open_service, method, path, status, kind):
         ({"features": ("mean_7",)}, "has no mean_7: its layers are 0 (embeddings) to 6"),
         ({"features": ("mean_-1",)}, "has no mean_-1"),
         ({"features": ("cls",)}, "is damaged: it cannot answer"),
-        ({"encoder": {"model": "x", "revision": "", "identity": {"weights": ""}}}, "its weights differs"),
+        ({"encoder": _OTHER}, "its weights differs"),
         ({"labels": ("a",)}, "is damaged: 1 labels, but weights (3, 384)"),
     ],
 )
