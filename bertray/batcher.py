@@ -25,7 +25,7 @@ _SECONDS = 0.03  # that a batch takes
 _LEAST, _MOST = 256, 65_536  # tokens of a batch
 _TRIES = 3  # encoders that may end while they encode a text
 _SPECIAL = 2  # tokens of a text besides its own
-_FADING = 0.1  # how much the latest batch counts in the averages
+_PLAIN = 2_000  # characters of texts that tell how dense texts are; longer ones may be blanks
 
 
 class Overloaded(BertrayError):
@@ -136,7 +136,7 @@ class Cache:
 
     def put(self, key: tuple[Any, Input], read: Read) -> None:
         """Keep what a text was read as; what was asked for longest ago goes."""
-        size = 500 + read.vectors.nbytes + 4 * (len(key[1].text) + len(key[1].pair or ""))
+        size = 500 + read.vectors.nbytes + 4 * _size(key[1])
         size += 0 if read.spans is None else read.spans.nbytes
         if size > self.size // 8:
             return
@@ -144,6 +144,23 @@ class Cache:
         self._reads[key] = read, size
         while self.held > self.size:
             self.held -= self._reads.popitem(last=False)[1][1]
+
+
+class _Ratio:
+    """One thing by another, as sums of which the latest count most. (A mean of ratios would make much of answers that
+    happen to come at once.)"""
+
+    def __init__(self, above: float, below: float, share: float) -> None:
+        """share: how much the latest counts."""
+        self._above, self._below, self._share = above, below, share
+
+    def add(self, above: float, below: float) -> None:
+        self._above += self._share * (above - self._above)
+        self._below += self._share * (below - self._below)
+
+    @property
+    def value(self) -> float:
+        return self._above / max(self._below, 1e-9)
 
 
 # What encodes texts that are of one kind, all or none of them pairs; may raise Lost.
@@ -169,15 +186,15 @@ class Batcher:
         self._tasks: set[asyncio.Task[None]] = set()
         self._woken = False
         self._finished = 0.0
-        self._rate = 5_000.0  # tokens a second
-        self._density = 0.3  # tokens a character
+        self._speed = _Ratio(50.0, 0.01, 0.1)  # tokens a second
+        self._density = _Ratio(30.0, 100.0, 0.02)  # tokens a character
         self._tokens = 0.0  # that wait
         self.waiting = 0
 
     @property
     def seconds(self) -> float:
         """In which what waits now will probably be done."""
-        return self._tokens / self._rate
+        return self._tokens / self._speed.value
 
     @property
     def at_work(self) -> int:
@@ -222,14 +239,13 @@ class Batcher:
             if waiting is None or not waiting.wanted:
                 waiting = _Waiting(key, self._estimated(kind, given))
                 self._pending[key] = waiting
-                due += waiting.tokens / self._rate
+                due += waiting.tokens / self._speed.value
                 self._push(waiting, due)
             waiting.askers.append((request, place))
         self._wake()
 
     def _estimated(self, kind: Kind, given: Input) -> float:
-        characters = len(given.text) + len(given.pair or "")
-        return min(kind.max_length, characters * self._density + _SPECIAL)
+        return min(kind.max_length, _size(given) * self._density.value + _SPECIAL)
 
     def _push(self, waiting: _Waiting, due: float) -> None:
         kind, given = waiting.key
@@ -257,7 +273,7 @@ class Batcher:
 
     def _batch(self) -> list[_Waiting]:
         """The texts that are due first, of one kind; none if nothing waits."""
-        budget = min(max(self._rate * _SECONDS, _LEAST), _MOST)
+        budget = min(max(self._speed.value * _SECONDS, _LEAST), _MOST)
         while self._queues:
             key = min(self._queues, key=lambda key: self._queues[key][0])
             queue, tokens = self._queues[key], 0.0
@@ -326,9 +342,13 @@ class Batcher:
         tokens = sum(read.tokens for read in reads)
         self._watch.encoded(len(batch), tokens, now - begun)
         seconds, self._finished = now - max(begun, self._finished), now
-        characters = sum(len(given.text) + len(given.pair or "") for given in (waiting.key[1] for waiting in batch))
         if tokens >= _LEAST // 2:
-            self._rate += _FADING * (tokens / max(seconds, 1e-4) - self._rate)
-        if characters:
-            own = max(0, tokens - _SPECIAL * len(batch))
-            self._density += _FADING * (min(own / characters, 1.0) - self._density)
+            self._speed.add(tokens, seconds)
+        for waiting, read in zip(batch, reads, strict=True):
+            size = _size(waiting.key[1])
+            if not read.truncated and not read.reason and size <= _PLAIN:
+                self._density.add(max(0, read.tokens - _SPECIAL), size)
+
+
+def _size(given: Input) -> int:
+    return len(given.text) + len(given.pair or "")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from itertools import pairwise
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from bertray.errors import BertrayError, CheckpointError
 from bertray.features import Feature, features
 from bertray.native import first_position
 from bertray.spec import Encoder as EncoderSpec
+from bertray.spec import Pooling
 from bertray.tokens import Ints, Tokenizer, Tokens, Windows, Words
 
 Vectors = NDArray[Any]
@@ -375,10 +376,11 @@ def stored_dtype(precision: str) -> Any:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What a checkpoint has: its name, the size of its vectors and vocabulary, how many tokens it can read, whether it
-    tells the texts of a pair apart, whether its pooler is trained."""
+    """What a checkpoint has: its name, how many layers, the size of its vectors and vocabulary, how many tokens it can
+    read, whether it tells the texts of a pair apart, whether its pooler is trained."""
 
     name: str
+    layers: int
     width: int
     vocabulary: int
     limit: int | None
@@ -391,6 +393,9 @@ class _Facts:
         Raises:
             CheckpointError: it has not.
         """
+        for feature in features:  # what is not there, native code would read all the same
+            if feature.pooling not in get_args(Pooling) or not 0 <= feature.layer <= self.layers:
+                raise CheckpointError(f"{self.name} has no {feature}: its layers are 0 (embeddings) to {self.layers}.")
         if not self.pooler and any(feature.pooling == "pooler" for feature in features):
             raise CheckpointError(f"{self.name} has no trained pooler. Set encoder.pooling to mean, cls or max.")
         if self.limit is not None and spec.max_length > self.limit:
@@ -424,6 +429,7 @@ def _load(checkpoint: Checkpoint) -> tuple[Any, _Facts]:
     limit = getattr(config, "max_position_embeddings", None)
     facts = _Facts(
         checkpoint.name,
+        int(config.num_hidden_layers),
         int(config.hidden_size),
         int(config.vocab_size),
         None if limit is None else int(limit) - first_position(model),

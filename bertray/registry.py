@@ -93,9 +93,11 @@ class Registry:
             BundleError: it was fitted on another one.
         """
         for key in ("identity", "precision"):
-            mine, its = self._encoder[key], bundle.encoder[key]
+            mine, its = self._encoder[key], bundle.encoder.get(key)
             if mine != its:
-                part = next(part for part in mine if mine[part] != its.get(part)) if key == "identity" else key
+                known = its if isinstance(its, dict) else {}
+                parts = mine if key == "identity" else ()
+                part = next((part for part in parts if mine[part] != known.get(part)), key)
                 raise BundleError(
                     f"{url} was fitted on another encoder than the one that is served ({self._encoder['model']}): its "
                     f"{part} differs. Serve it by itself, or fit it on this one."

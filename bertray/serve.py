@@ -157,8 +157,8 @@ class _Fleet:
         """As `batcher.Encode`."""
         try:
             vectors, spans, tokens, truncated, failed = await self._handle.encode.remote(reading, list(inputs))
-        except BertrayError:
-            raise
+        except BertrayError as error:
+            raise getattr(error, "cause", error) from None  # without Ray's account of where it happened
         except asyncio.CancelledError:
             raise
         except Exception as error:

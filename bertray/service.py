@@ -14,7 +14,7 @@ from bertray import bundle as bundles
 from bertray import explain
 from bertray.batcher import Batcher, Input, Read
 from bertray.bundle import Bundle
-from bertray.errors import BertrayError
+from bertray.errors import BertrayError, BundleError, CheckpointError, SpecError
 from bertray.features import related
 from bertray.heads import probabilities
 from bertray.predict import answers_to, labels_of
@@ -272,11 +272,18 @@ class Service:
             return self.registry.roll_back(name)
 
     async def _warm(self, heads: Mapping[str, Head]) -> None:
-        """Read a text as those heads will want it, so that the first request need not wait for what that takes."""
+        """Ask those heads for an answer, so that the first request need not wait for what that takes.
+
+        Raises:
+            BundleError: one of them cannot answer.
+        """
         shelf = self.registry.with_heads(heads)
         for head in heads.values():
-            pair = _PROBE if head.bundle.pairs and not head.bundle.siamese else None
-            await self.batcher.read(shelf.reading(head), [Input(_PROBE, pair)], self.limits.deadline)
+            given = Input(_PROBE, _PROBE if head.bundle.pairs else None)
+            try:
+                await self.predict(shelf, head, [given], Options(ood=True), self.limits.deadline)
+            except (CheckpointError, SpecError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+                raise BundleError(f"{head.url} is damaged: it cannot answer ({error}). Fit it again.") from None
 
     def _inside(self, path: str) -> str:
         if self.folder is None:

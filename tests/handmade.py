@@ -114,7 +114,6 @@ def heads_of_every_kind(folder, rows):
     lengths = tuple(-0.5 * n for n in range(1, 9))
     made = {
         "mood": bundle(labels=LABELS, head=mood),
-        "other": bundle(labels=LABELS, head=LinearHead(-mood.weight, -mood.bias), fingerprint="other"),
         "topics": bundle("text-classification", "multi_label", ("family", "travel", "work"), head=random(3, width, 1)),
         "stars": bundle("text-classification", "regression", ("stars",), head=random(1, width, 2)),
         "same": bundle(labels=("no", "yes"), pair="b", encoder=siamese, head=random(2, 4 * width, 3, 0.1)),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from os import kill
 
@@ -23,6 +24,8 @@ from handmade import LABELS, heads_of_every_kind
 from test_serve import encoders, metrics
 
 import bertray
+from bertray import bundle as bundles
+from bertray.heads import LinearHead
 
 _HEADS = ("mood", "topics", "stars", "same", "follows", "entities", "questions")
 _CONTEXT = "Anna Berg lives in Oslo with her two cats, and works for a small bank near the harbour."
@@ -31,6 +34,9 @@ _MARKER = "xyzzyplugh"  # in texts that no log may hold
 _KEYS = ("key-of-a-file-1", "key-of-a-file-2", "key-of-the-environment")
 _STRICT = {"queue": 4, "deadline": 2, "body": 1_000_000, "characters": 3_000, "texts": 500, "cache": 0}
 _FRIEND = "https://friend.example"
+_OTHER = {"model": "x", "revision": "", "max_length": 9, "truncation": "truncate", "identity": {"weights": ""}} | {
+    "precision": "fp32"
+}
 
 
 @pytest.fixture(scope="module")
@@ -529,6 +535,28 @@ def test_what_there_is_not(open_service, method, path, status, kind):
     refused(answer, status, kind)
     allowed = {"/predict": "POST", "/v1/heads/mood": "DELETE, POST, PUT"}
     assert answer[1]["allow"] == (allowed[path] if status == 405 else None)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"head": LinearHead(np.zeros((3, 100), np.float32), np.zeros(3, np.float32))}, "is damaged: it cannot answer"),
+        ({"features": ("mean_7",)}, "has no mean_7: its layers are 0 (embeddings) to 6"),
+        ({"features": ("mean_-1",)}, "has no mean_-1"),
+        ({"features": ("cls",)}, "is damaged: it cannot answer"),
+        ({"encoder": _OTHER}, "its weights differs"),
+        ({"labels": ("a",)}, "is damaged: 1 labels, but weights (3, 384)"),
+    ],
+)
+def test_bundles_that_cannot_answer_are_not_served(open_service, folder, change, line):
+    bundles.save(replace(bundles.load(str(folder / "mood" / "head")), **change), str(folder / "broken" / "head"))
+    before = ask(open_service, "POST", "/predict", {"inputs": "so happy"})[2]
+    answer = ask(open_service, "PUT", "/v1/heads/broken", {"bundle": "broken/head"})
+    refused(answer, 422, "validation", line)
+    assert str(folder) not in answer[2]["error"]  # where things lie is nobody's business
+    assert [head["name"] for head in ask(open_service, "GET", "/v1/heads")[2]["heads"]] == list(_HEADS)
+    assert ask(open_service, "POST", "/predict", {"inputs": "so happy"})[2] == before
+    assert "an encoder was lost" not in "".join(open_service.lines)
 
 
 def test_a_list_of_millions_is_refused_at_once(open_service):

@@ -12,6 +12,7 @@ import torch
 from bertray.checkpoints import find
 from bertray.encoder import Encoder
 from bertray.errors import CheckpointError, SourceError
+from bertray.features import Feature
 from bertray.native import NativeBackend
 from bertray.spec import Encoder as EncoderSpec
 
@@ -139,6 +140,16 @@ def test_threads_share_an_encoder(tiny):
 
 def test_no_texts_are_no_vectors(tiny):
     assert Encoder(find(str(tiny)), EncoderSpec()).encode([]).vectors.shape == (0, 32)
+
+
+@pytest.mark.parametrize("feature", [Feature("mean", 3), Feature("cls", -1), Feature("sum", 1)])
+def test_features_that_a_checkpoint_has_not_are_refused(tiny, feature):
+    """Native code, which does not look, would read what lies beside its layers."""
+    with pytest.raises(CheckpointError, match=f"has no {feature}: its layers are 0 .embeddings. to 2"):
+        Encoder(find(str(tiny)), EncoderSpec(), wanted=[feature])
+    encoder = Encoder(find(str(tiny)), EncoderSpec())
+    with pytest.raises(CheckpointError, match=f"has no {feature}"):
+        encoder.reading(EncoderSpec(), wanted=[feature])
 
 
 def test_a_checkpoint_without_a_pooler_says_so(tiny, tmp_path):
