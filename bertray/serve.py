@@ -367,6 +367,7 @@ def _run(
             raise ClusterError(f"The encoder does not start: {' '.join(str(error).split())[:300]}") from None
         _serve(handle, app, heads, encoder, settings, listening)
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is on its way
         serve.delete(app)
         if not serve.status().applications:
             serve.shutdown()
