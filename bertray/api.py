@@ -26,7 +26,7 @@ from bertray.door import Door, Refused, tell_errors
 from bertray.errors import BertrayError, BundleError
 from bertray.monitor import Monitor
 from bertray.progress import log
-from bertray.registry import Head, Shelf
+from bertray.registry import NAME, Head, Shelf
 from bertray.service import Options, Service, TooMuch, Wrong, check_length, inputs_of
 
 _POLICY = (
@@ -200,7 +200,7 @@ class _Api:
         )
 
     async def put_head(self, request: Request, name: str) -> Response:
-        if not re.fullmatch(schemas.NAME, name):
+        if not re.fullmatch(NAME, name):
             raise Refused(422, "A head's name is up to 100 letters, digits, dots, dashes and underscores.")
         body = await self._body(request, schemas.Put)
         known = name in self.service.registry.shelf.heads

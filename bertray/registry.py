@@ -14,6 +14,7 @@ from bertray.bundle import Bundle
 from bertray.errors import BertrayError, BundleError
 from bertray.features import Feature, parse
 
+NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,99}"  # of a head
 _KEPT = 8  # versions of a name that one can go back to
 
 

@@ -9,6 +9,8 @@ from fastapi import FastAPI, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
+from bertray.registry import NAME
+
 
 class _In(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -55,32 +57,27 @@ _Strings = Annotated[list[StrictStr], Field(fail_fast=True)]
 _Texts = Annotated[StrictStr | _Strings, Field(description="a text or a list of texts")]
 
 
-class PredictHead(_In):
+class _Asked(_In):
     inputs: _Inputs
     top_k: _TopK = None
     raw_scores: _Raw = False
     truncate: _Truncate = True
+
+    model_config = ConfigDict(json_schema_extra={"example": {"inputs": "this is great news!"}})
+
+
+class PredictHead(_Asked):
     ood: StrictBool = Field(False, description="tell how unlike the head's training texts each text is")
 
-    model_config = ConfigDict(json_schema_extra={"example": {"inputs": "this is great news!"}})
 
-
-class Pipelines(_In):
-    inputs: _Inputs
-    top_k: _TopK = None
-    raw_scores: _Raw = False
-    truncate: _Truncate = True
+class Pipelines(_Asked):
     parameters: dict[str, Any] | None = Field(None, description="as clients of Hugging Face's pipelines send them")
-
-    model_config = ConfigDict(json_schema_extra={"example": {"inputs": "this is great news!"}})
 
 
 class Predict(Pipelines):
     heads: Annotated[_Strings, Field(min_length=1)] | None = Field(
         None, description="which heads answer; left out, the default one"
     )
-
-    model_config = ConfigDict(json_schema_extra={"example": {"inputs": "this is great news!"}})
 
 
 class Explain(_In):
@@ -271,7 +268,6 @@ class OpenAIErrors(_Out):
     error: OpenAIError
 
 
-NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,99}"  # of a head
 OPEN = ("/", "/health", "/ready")  # to GET without a key; and /static/
 _Plain = list[Score] | list[Entity] | Answer | list[list[Score]] | list[list[Entity]] | list[Answer]
 _REASONS = {

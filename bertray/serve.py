@@ -29,7 +29,7 @@ from bertray.features import Feature, parse
 from bertray.monitor import Monitor
 from bertray.predict import checkpoint_of, encoder_spec
 from bertray.progress import log
-from bertray.registry import Reading, Registry
+from bertray.registry import NAME, Reading, Registry
 from bertray.service import Limits, Service
 from bertray.spec import RaySizes
 from bertray.storage import Location
@@ -322,7 +322,7 @@ def named(given: Sequence[str]) -> dict[str, str]:
         if not equals or "/" in name:
             parts = [part for part in Location(item).url.split("/") if part]
             name, path = parts[-2] if parts[-1] == "head" and len(parts) > 1 else parts[-1], item
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        if not re.fullmatch(NAME, name):
             raise BertrayError(f"{name!r} cannot be a head's name. Give one: NAME={path}.")
         if name in found:
             raise BertrayError(f"Two heads are called {name}. Give them names: NAME={path}.")
