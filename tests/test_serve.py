@@ -248,9 +248,12 @@ def test_a_killed_encoder_comes_back_and_no_request_is_lost(exact, demo):
             if status != 200 and not (status in (429, 503) and "error" in answer):
                 wrong.append((status, answer))
 
-    with ThreadPoolExecutor(8) as pool:
+    many = {"inputs": [f"{number} " + "many words " * 100 for number in range(60)]}
+    with ThreadPoolExecutor(9) as pool:
         askers = [pool.submit(ask, number) for number in range(8)]
         time.sleep(2)
+        listed = pool.submit(call, f"{exact.address}/predict", many)
+        wait_until(lambda: metrics(exact.address)["bertray_waiting_texts"] > 20, 30)  # it is at work when it ends
         os.kill(first, signal.SIGKILL)
         wait_until(lambda: encoders(exact.process) not in ([], [first]), 90)
         wait_until(lambda: call(f"{exact.address}/ready")[0] == 200, 90)
@@ -259,6 +262,7 @@ def test_a_killed_encoder_comes_back_and_no_request_is_lost(exact, demo):
         stop.set()
         for asker in askers:
             asker.result(60)  # and no connection broke
+        assert listed.result(60)[0] == 200
     assert not wrong
     assert counts[200] > 0.99 * sum(counts.values())
     assert metrics(exact.address)["bertray_tried_again_total"] > 0
