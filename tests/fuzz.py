@@ -39,7 +39,8 @@ _HEADERS = [
     b"Accept: \xe2\x82\xac", b"Cookie: " + b"a=b;" * 2_000, b"X-Long: " + b"y" * 30_000, b"Content-Encoding: gzip",
     b"Range: bytes=0-1", b"If-None-Match: *", b"Expect: 100-continue", b"Expect: nothing", b"X-Forwarded-For: ::::",
     b"Forwarded: for=\"", b"Accept-Language: " + b"x," * 500, b"Upgrade: h2c", b"Upgrade: websocket", b"TE: trailers",
-    b"X-HTTP-Method-Override: DELETE", b"Host: [", b"Content-Type: application/json; charset=utf-7", b"Via: \x7f",
+    b"X-HTTP-Method-Override: DELETE", b"Sec-Fetch-Site: cross-site", b"Host: [",
+    b"Content-Type: application/json; charset=utf-7", b"Via: \x7f",
 ]  # fmt: skip
 _METHODS = ["HEAD", "OPTIONS", "TRACE", "PATCH", "PUT", "DELETE", "LINK", "PROPFIND", "M-SEARCH", "GET", "QUERY"]
 _PATHS = [
