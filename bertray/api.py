@@ -63,6 +63,7 @@ def application(
         summary="Linear heads on a frozen BERT. A text is encoded once, and any number of heads answer.",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # to where the Host header says
     )
     api = _Api(service, monitor, told, is_ready, bool(keys))
     api.add_routes(app)

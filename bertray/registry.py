@@ -125,6 +125,7 @@ class Registry:
         for head in heads.values():
             kept = self._history.setdefault(head.name, [])
             if not any(head is other for other in kept):
+                del kept[self._place(head.name) + 1 :]  # what was rolled back from is not what was served before
                 kept.append(head)
                 self._versions[head.name] = max(head.version, self._versions.get(head.name, 0))
             del kept[:-_KEPT]
@@ -143,9 +144,13 @@ class Registry:
 
     def previous(self, name: str) -> Head | None:
         """The version before the one that is served; None if there is none."""
-        kept = self._history.get(name, [])
-        place = next((i for i, head in enumerate(kept) if head is self.shelf.heads.get(name)), 0)
-        return kept[place - 1] if place else None
+        place = self._place(name)
+        return self._history[name][place - 1] if place > 0 else None
+
+    def _place(self, name: str) -> int:
+        """Where in its history the head is that is served under a name; -1 if none is."""
+        served = self.shelf.heads.get(name)
+        return next((i for i, head in enumerate(self._history.get(name, [])) if head is served), -1)
 
     def roll_back(self, name: str) -> Head:
         """Serve the version before the one that is served now.

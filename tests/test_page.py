@@ -99,12 +99,18 @@ def percents(result):
 
 def answers(address, head, texts):
     """What the service says to a program."""
-    body = json.dumps({"inputs": texts}).encode()
-    request = urllib.request.Request(
-        f"{address}v1/heads/{head}/predict", data=body, headers={"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as response:
-        return json.load(response)["predictions"]
+    return asked_of(f"{address}v1/heads/{head}/predict", texts)["predictions"]
+
+
+def explained(address, head, text):
+    """How much the service says that each word counted."""
+    return asked_of(f"{address}v1/heads/{head}/explain", text)
+
+
+def asked_of(url, inputs):
+    body = json.dumps({"inputs": inputs}).encode()
+    with urllib.request.urlopen(urllib.request.Request(url, data=body), timeout=60) as response:
+        return json.load(response)
 
 
 def told(address, path):
@@ -154,7 +160,7 @@ def test_no_text_is_said(visit):
     assert page.inner_text("#said") == "There is no text yet."
 
 
-def test_words_are_coloured_by_how_much_they_counted(visit):
+def test_words_are_coloured_by_how_much_they_counted(visit, address):
     page = visit()
     result = ask(page, "this is great news!").first
     text = result.locator(".text").inner_text()
@@ -164,7 +170,9 @@ def test_words_are_coloured_by_how_much_they_counted(visit):
     assert result.locator(".text").inner_text() == text == "this is great news!"
     assert "occlusion: each word left out once" in result.locator(".key").inner_text()
     strength = dict(words.evaluate_all("words => words.map(w => [w.textContent, +w.style.getPropertyValue('--s')])"))
-    assert strength["great"] == max(strength.values()) == 1
+    weights = {word["text"]: word["weight"] for word in explained(address, "mood", text)["words"]}
+    strongest = max(map(abs, weights.values()))
+    assert strength == {word: pytest.approx(abs(weight) / strongest, abs=0.01) for word, weight in weights.items()}
     great = words.get_by_text("great", exact=True)
     assert re.fullmatch(r"great: for positive, \+0\.\d{3}", great.get_attribute("aria-label"))
     great.hover()

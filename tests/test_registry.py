@@ -134,6 +134,15 @@ def test_back_by_a_version_at_a_time(registry):
     assert registry.shelf.head().name == "a"
 
 
+def test_back_is_what_was_served_before(registry):
+    for seed in range(2):
+        put(registry, "a", seed)
+    registry.roll_back("a")
+    assert put(registry, "a", 2).version == 3
+    assert registry.previous("a").version == 1
+    assert registry.roll_back("a").version == 1
+
+
 def test_back_of_what_is_not_served(registry):
     with pytest.raises(BertrayError, match="no version before"):
         registry.roll_back("nobody")

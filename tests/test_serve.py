@@ -134,6 +134,13 @@ def test_a_text_is_encoded_once_for_all_heads_and_remembered(service):
     assert after['bertray_requests_total{route="/predict",status="200"}'] >= 1
 
 
+def test_monitors_ask_for_the_head_alone(service):
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{service.address}/health", method="HEAD"), timeout=30
+    ) as answer:
+        assert (answer.status, answer.read()) == (200, b"")
+
+
 def test_words_that_count(service):
     status, told = call(f"{service.address}/v1/heads/mood/explain", {"inputs": "this is great news! 🎉 truly"})
     assert status == 200
@@ -161,7 +168,9 @@ def test_heads_are_put_swapped_rolled_back_and_removed(service):
     assert call(f"{url}/rollback", b"", "POST")[1]["version"] == 1
     assert call(f"{url}/predict", text)[1]["version"] == 1
     assert call(f"{url}/rollback", b"", "POST")[0] == 409
-    assert call(url, {"bundle": "other/head"}, "PUT")[1]["version"] == 3
+    card = call(url, {"bundle": "other/head"}, "PUT")[1]
+    assert (card["version"], card["previous"]) == (3, 1)
+    assert call(f"{url}/rollback", b"", "POST")[1]["version"] == 1, "what was served before"
     assert call(url, method="DELETE") == (204, None)
     assert call(f"{url}/predict", text)[0] == 404
     assert [head["name"] for head in call(f"{service.address}/v1/heads")[1]["heads"]] == ["mood", "topics"]
