@@ -3,6 +3,7 @@
 import json
 import random
 import urllib.request
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,7 +11,8 @@ import pytest
 from conftest import MINILM, demo_rows, serving
 
 import bertray
-from bertray.predict import predict_files
+from bertray import bundle as bundles
+from bertray.predict import Predictor, predict_files
 from bertray.sources import Columns
 from bertray.spec import RaySizes, Source
 from bertray.store import Store
@@ -354,9 +356,12 @@ KINDS = ["words", "questions", "several", "numbers", "pairs"]
 
 @pytest.fixture(scope="module")
 def address(request):
-    """Of one service with a head of every kind, on one encoder."""
-    summaries = {kind: request.getfixturevalue(kind)[0] for kind in KINDS}
-    with serving(*(f"{kind}={summary['bundle']}" for kind, summary in summaries.items())) as running:
+    """Of one service with a head of every kind, on one encoder in one precision."""
+    folder = request.getfixturevalue("tmp_path_factory").mktemp("served")
+    for kind in KINDS:
+        bundle = bundles.load(request.getfixturevalue(kind)[0]["bundle"])
+        bundles.save(replace(bundle, encoder={**bundle.encoder, "precision": "fp32"}), str(folder / kind / "head"))
+    with serving(*(folder / kind / "head" for kind in KINDS)) as running:
         yield running.address
 
 
@@ -372,7 +377,8 @@ def test_what_is_served_is_what_python_says(request, address, kind):
     body = json.dumps({"inputs": inputs}).encode()
     with urllib.request.urlopen(f"{address}/v1/heads/{kind}/predict", body, timeout=60) as response:
         (answer,) = json.load(response)["predictions"]
-    predictor = bertray.load(summary["bundle"])
+    bundle = bundles.load(summary["bundle"])
+    predictor = Predictor(replace(bundle, encoder={**bundle.encoder, "precision": "fp32"}))
     if kind == "questions":
         (expected,) = predictor.predict(["Who works there?"], [context]).labels
         assert answer["answer"] == expected["text"]
