@@ -31,7 +31,7 @@ class Model:
 
         torch.set_num_threads(machine.cores())
         bundle = bundles.load(folder)
-        encoder = checkpoint_of(bundle).folder
+        encoder = checkpoint_of(bundle.encoder).folder
         self._tokenizer = AutoTokenizer.from_pretrained(encoder)
         self._model = AutoModel.from_pretrained(encoder, dtype=getattr(torch, PRECISIONS[precision])).eval()
         if bundle.features != (f"mean_{self._model.config.num_hidden_layers}",):

@@ -150,7 +150,7 @@ def _expected(bundle: str, corpus: Sequence[str]) -> tuple[Expected, str]:
     scores = [dict(zip(predictor.bundle.labels, row.tolist(), strict=True)) for row in probabilities]
     vectors = predictor.encoder.encode(judged).vectors.astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    return Expected(judged, scores, vectors), str(checkpoint_of(predictor.bundle).folder)
+    return Expected(judged, scores, vectors), str(checkpoint_of(predictor.bundle.encoder).folder)
 
 
 def _asked(app: str, **given: Any) -> Any:

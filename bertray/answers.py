@@ -14,6 +14,7 @@ from bertray.annotations import Ints, answers_of
 from bertray.bundle import Bundle
 from bertray.features import related, with_surroundings
 from bertray.heads import Floats, probabilities
+from bertray.samples import KINDS
 from bertray.spans import best_span
 from bertray.vectors import edges_of, spans_of, vectors_of
 
@@ -72,15 +73,24 @@ def columns(
         return _spans(bundle, given, pairs, edges, spans)
     if bundle.problem == "regression":
         return {"predicted": pa.array(given[:, 0])}
-    p = probabilities("sigmoid" if bundle.problem == "multi_label" else "softmax", given)
+    p = scores(bundle, given)
     every = pa.FixedSizeListArray.from_arrays(pa.array(p.reshape(-1)), len(bundle.labels))
     if bundle.problem == "multi_label":
-        named = [[bundle.labels[i] for i in np.flatnonzero(row > 0.5)] for row in p]
-        return {"predicted": pa.array(named, pa.list_(pa.string())), "probabilities": every}
-    best, score = p.argmax(1), p.max(1)
-    sure = score >= bundle.threshold
-    named_best = [bundle.labels[i] if known else None for i, known in zip(best, sure, strict=True)]
-    return {"predicted": pa.array(named_best, pa.string()), "score": pa.array(score), "probabilities": every}
+        return {"predicted": pa.array(chosen(bundle, p), pa.list_(pa.string())), "probabilities": every}
+    return {"predicted": pa.array(chosen(bundle, p), pa.string()), "score": pa.array(p.max(1)), "probabilities": every}
+
+
+def scores(bundle: Bundle, given: Floats) -> Floats:
+    """Logits [n, labels] of whole texts as probabilities, or as numbers."""
+    return probabilities(KINDS[bundle.form], given)
+
+
+def chosen(bundle: Bundle, scored: Floats) -> list[Any]:
+    """The label of each text [n, labels], None where none is sure enough; or those that it has, of several."""
+    if bundle.problem == "multi_label":
+        return [[bundle.labels[i] for i in np.flatnonzero(row > 0.5)] for row in scored]
+    sure = scored.max(1) >= bundle.threshold
+    return [bundle.labels[i] if known else None for i, known in zip(scored.argmax(1), sure, strict=True)]
 
 
 _ENTITY = pa.struct(

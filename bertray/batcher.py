@@ -56,11 +56,10 @@ class Kind(Protocol, Hashable):
 
 
 class Input(NamedTuple):
-    """A text, the second text of a pair, and where its words begin and end, if those are known."""
+    """A text, and the second text of a pair."""
 
     text: str
     pair: str | None = None
-    words: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def export(bundle: Bundle, format: str, output: str) -> dict[str, Any]:
             "--format sentence-transformers, or fit on pairs in one sequence."
         )
     with _quiet():
-        parts = _Parts(bundle, features, checkpoint_of(bundle))
+        parts = _Parts(bundle, features, checkpoint_of(bundle.encoder))
         parts.check()
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as made:

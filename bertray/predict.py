@@ -56,7 +56,7 @@ class Predictor:
         self.bundle = bundle
         wanted = list(map(parse, bundle.features))
         self.encoder = Encoder(
-            checkpoint_of(bundle), encoder_spec(bundle.encoder), device, threads, bundle.part, wanted
+            checkpoint_of(bundle.encoder), encoder_spec(bundle.encoder), device, threads, bundle.part, wanted
         )
 
     def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Predictions:
@@ -171,7 +171,7 @@ def predict_files(
         raise BertrayError(f"{output} is one of the input's files. Give another --output.")
     kind = output.rpartition(".")[2] if output.endswith((".parquet", ".csv", ".jsonl")) else ""
     store = Store(f"{output}.parts" if kind else output)
-    checkpoint, spec = checkpoint_of(bundle), encoder_spec(bundle.encoder)
+    checkpoint, spec = checkpoint_of(bundle.encoder), encoder_spec(bundle.encoder)
     made = {**made_by(spec, checkpoint, columns, source.model_dump(), bundle.features), "bundle": bundle.fingerprint}
     split = Split("predictions", cut, columns, store, made)
     with held(store.location) as holder:
@@ -278,14 +278,14 @@ def encoder_spec(encoder: Mapping[str, Any]) -> EncoderSpec:
     return encoder_of({name: value for name, value in encoder.items() if name != "identity"})
 
 
-def checkpoint_of(bundle: Bundle) -> Checkpoint:
-    """The checkpoint that a bundle was fitted on.
+def checkpoint_of(encoder: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint that a bundle was fitted on, from that section of it.
 
     Raises:
         CheckpointError: it cannot be had.
         BundleError: what is found by its name is not the same.
     """
-    name, revision, identity = (bundle.encoder[key] for key in ("model", "revision", "identity"))
+    name, revision, identity = (encoder[key] for key in ("model", "revision", "identity"))
     checkpoint = checkpoints.find(name, revision)
     if checkpoint.identity != identity:
         other = next(part for part in identity if checkpoint.identity.get(part) != identity[part])

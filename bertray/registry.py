@@ -6,6 +6,7 @@ and uses it to its end, so that it sees all of a change or nothing of it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,12 +53,17 @@ class Shelf:
     def reading(self, head: Head) -> Reading:
         """How the texts of a head are read: with all features that any head wants of texts that are read like that, so
         that one pass serves them all."""
-        wanted: set[Feature] = set()
-        for other in self.heads.values():
-            if _manner(other.bundle) == _manner(head.bundle):
-                wanted.update(map(parse, other.bundle.features))
-        in_order = sorted(wanted, key=lambda feature: (feature.layer, feature.pooling))
-        return Reading(*_manner(head.bundle), tuple(map(str, in_order)))
+        return self._readings[_manner(head.bundle)]
+
+    @cached_property
+    def _readings(self) -> dict[tuple[int, str, int, str], Reading]:
+        wanted: dict[tuple[int, str, int, str], set[Feature]] = {}
+        for head in self.heads.values():
+            wanted.setdefault(_manner(head.bundle), set()).update(map(parse, head.bundle.features))
+        return {
+            manner: Reading(*manner, tuple(map(str, sorted(features, key=lambda each: (each.layer, each.pooling)))))
+            for manner, features in wanted.items()
+        }
 
 
 def _manner(bundle: Bundle) -> tuple[int, str, int, str]:
@@ -118,7 +124,7 @@ class Registry:
 
     def put(self, head: Head) -> None:
         """Serve a head (of `next`) from now on."""
-        self.replace({**self.shelf.heads, head.name: head})
+        self.replace(self.with_heads({head.name: head}).heads)
 
     def replace(self, heads: Mapping[str, Head]) -> None:
         """Serve those heads from now on, and no others."""
@@ -161,5 +167,5 @@ class Registry:
         head = self.previous(name)
         if head is None:
             raise BertrayError(f"{name} has no version before the one that is served.")
-        self.shelf = Shelf({**self.shelf.heads, name: head})
+        self.shelf = self.with_heads({name: head})
         return head

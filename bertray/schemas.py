@@ -12,11 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 from bertray.registry import NAME
 
 
-class _In(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class _Out(BaseModel):
+class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
@@ -57,7 +53,7 @@ _Strings = Annotated[list[StrictStr], Field(fail_fast=True)]
 _Texts = Annotated[StrictStr | _Strings, Field(description="a text or a list of texts")]
 
 
-class _Asked(_In):
+class _Asked(_Body):
     inputs: _Inputs
     top_k: _TopK = None
     raw_scores: _Raw = False
@@ -80,19 +76,19 @@ class Predict(Pipelines):
     )
 
 
-class Explain(_In):
+class Explain(_Body):
     inputs: _Inputs
 
     model_config = ConfigDict(json_schema_extra={"example": {"inputs": "this is great news!"}})
 
 
-class Put(_In):
+class Put(_Body):
     bundle: StrictStr = Field(description="a bundle's folder below that of --heads", max_length=1000)
 
     model_config = ConfigDict(json_schema_extra={"example": {"bundle": "mood/head"}})
 
 
-class Embed(_In):
+class Embed(_Body):
     inputs: _Texts
     normalize: StrictBool = Field(True, description="to length 1")
     truncate: _Truncate = False
@@ -100,7 +96,7 @@ class Embed(_In):
     model_config = ConfigDict(json_schema_extra={"example": {"inputs": "this is great news!"}})
 
 
-class Embeddings(_In):
+class Embeddings(_Body):
     input: _Texts
     model: StrictStr = Field(description="the encoder's name, or that of a head whose vectors are wanted")
     encoding_format: Literal["float", "base64"] = "float"
@@ -112,12 +108,12 @@ class Embeddings(_In):
     model_config = ConfigDict(json_schema_extra={"example": {"input": "this is great news!", "model": "mood"}})
 
 
-class Score(_Out):
+class Score(_Body):
     label: str
     score: float
 
 
-class Entity(_Out):
+class Entity(_Body):
     entity_group: str
     score: float
     word: str
@@ -125,20 +121,20 @@ class Entity(_Out):
     end: int
 
 
-class Answer(_Out):
+class Answer(_Body):
     answer: str
     score: float
     start: int
     end: int
 
 
-class Ood(_Out):
+class Ood(_Body):
     distance: float = Field(description="of Mahalanobis, to the nearest class")
     threshold: float = Field(description="one in a hundred training texts is farther")
     outlier: bool
 
 
-class Prediction(_Out):
+class Prediction(_Body):
     """What a head predicts for an input: some of these, by its kind."""
 
     label: str | None = Field(None, description="null where the head is not sure enough")
@@ -154,7 +150,7 @@ class Prediction(_Out):
     ood: Ood | None = None
 
 
-class Predictions(_Out):
+class Predictions(_Body):
     head: str
     version: int
     task: str
@@ -162,18 +158,18 @@ class Predictions(_Out):
     predictions: list[Prediction]
 
 
-class ByHead(_Out):
+class ByHead(_Body):
     heads: dict[str, Predictions]
 
 
-class Word(_Out):
+class Word(_Body):
     text: str
     start: int
     end: int
     weight: float = Field(description="by how much the score falls without it")
 
 
-class Explanation(_Out):
+class Explanation(_Body):
     head: str
     version: int
     label: str
@@ -182,7 +178,7 @@ class Explanation(_Out):
     words: list[Word]
 
 
-class Card(_Out):
+class Card(_Body):
     name: str
     version: int
     task: str
@@ -198,53 +194,53 @@ class Card(_Out):
     previous: int | None
 
 
-class Cards(_Out):
+class Cards(_Body):
     default: str
     heads: list[Card]
 
 
-class Embedding(_Out):
+class Embedding(_Body):
     object: Literal["embedding"]
     index: int
     embedding: list[float] | str
 
 
-class Usage(_Out):
+class Usage(_Body):
     prompt_tokens: int
     total_tokens: int
 
 
-class EmbeddingList(_Out):
+class EmbeddingList(_Body):
     object: Literal["list"]
     model: str
     data: list[Embedding]
     usage: Usage
 
 
-class ModelCard(_Out):
+class ModelCard(_Body):
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
 
 
-class ModelList(_Out):
+class ModelList(_Body):
     object: Literal["list"]
     data: list[ModelCard]
 
 
-class Status(_Out):
+class Status(_Body):
     status: str
 
 
-class EncoderInfo(_Out):
+class EncoderInfo(_Body):
     model: str
     revision: str
     fingerprint: str
     precision: str
 
 
-class Info(_Out):
+class Info(_Body):
     version: str
     encoder: EncoderInfo
     heads: list[str]
@@ -252,19 +248,19 @@ class Info(_Out):
     keys: bool
 
 
-class Error(_Out):
+class Error(_Body):
     error: str
     error_type: str
 
 
-class OpenAIError(_Out):
+class OpenAIError(_Body):
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class OpenAIErrors(_Out):
+class OpenAIErrors(_Body):
     error: OpenAIError
 
 

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from bertray import bundle as bundles
-from bertray import checkpoints
 from bertray.batcher import Batcher, Input, Lost, Read
 from bertray.cluster import connected, plan_workers
 from bertray.errors import BertrayError, ClusterError
@@ -67,12 +66,13 @@ class Encoders:
 
         Args:
             encoder: that section of a bundle.
+
+        Raises:
+            BundleError: this node has another checkpoint under its name.
         """
         from bertray.encoder import Encoder
 
-        checkpoint = checkpoints.find(encoder["model"], encoder["revision"])
-        if checkpoint.identity != encoder["identity"]:
-            raise BertrayError(f"{encoder['model']} is on this node in another version than the bundle's.")
+        checkpoint = checkpoint_of(encoder)
         self._spec = encoder_spec(encoder)
         every = [Feature("mean", checkpoint.layers)]
         self._encoder = Encoder(checkpoint, self._spec, device, threads, "text", every)
@@ -181,23 +181,39 @@ def _running(app: str) -> int:
 # --- the gate ---------------------------------------------------------------------------------------------
 
 
-def _service(handle: Any, app: str, encoder: Mapping[str, Any], settings: Settings) -> tuple[Service, _Fleet, Monitor]:
-    fleet, monitor = _Fleet(handle, app), Monitor()
-    limits = settings.limits
-    batcher = Batcher(fleet.encode, fleet.places, monitor, limits.queue, limits.cache)
-    folder = Location(settings.heads) if settings.heads else None
-    return Service(Registry(encoder), batcher, limits, folder), fleet, monitor
-
-
-def _asgi(service: Service, fleet: _Fleet, monitor: Monitor, encoder: Mapping[str, Any], settings: Settings) -> Any:
-    from bertray.api import application
-
-    told = {name: encoder[name] for name in ("model", "revision", "precision")}
-    told["fingerprint"] = encoder["identity"]["weights"][:16]
-    return application(service, monitor, told, lambda: fleet.running > 0, read_keys(settings.keys), settings.origins)
-
-
 class Gate:
+    """A service before the encoders of an application."""
+
+    def __init__(self, encoders: Any, app: str, encoder: Mapping[str, Any], settings: Settings) -> None:
+        """A gate without heads.
+
+        Args:
+            encoders: their handle.
+            encoder: that section of a bundle.
+        """
+        self._encoder, self._settings = encoder, settings
+        self._fleet, self._monitor = _Fleet(encoders, app), Monitor()
+        limits = settings.limits
+        batcher = Batcher(self._fleet.encode, self._fleet.places, self._monitor, limits.queue, limits.cache)
+        folder = Location(settings.heads) if settings.heads else None
+        self.service = Service(Registry(encoder), batcher, limits, folder)
+
+    async def open(self, heads: Mapping[str, str]) -> None:
+        """Serve those heads, from now on."""
+        await self._fleet.watch()
+        await self.service.replace(heads)
+
+    def asgi(self) -> Any:
+        """What speaks HTTP."""
+        from bertray.api import application
+
+        told = {name: self._encoder[name] for name in ("model", "revision", "precision")}
+        told["fingerprint"] = self._encoder["identity"]["weights"][:16]
+        keys, origins = read_keys(self._settings.keys), self._settings.origins
+        return application(self.service, self._monitor, told, lambda: self._fleet.running > 0, keys, origins)
+
+
+class DeployedGate:
     """The gate as a deployment behind Ray Serve's proxies. Its heads are those of the config's `user_config`; others
     that are put live as long as its process."""
 
@@ -206,19 +222,16 @@ class Gate:
     ) -> None:
         from ray import serve
 
-        self._encoder, self._settings = encoder, settings
-        app = serve.get_replica_context().app_name
-        self._service, self._fleet, self._monitor = _service(encoders, app, encoder, settings)
-        await self._fleet.watch()
-        await self._service.replace(heads)
+        self._gate = Gate(encoders, serve.get_replica_context().app_name, encoder, settings)
+        await self._gate.open(heads)
 
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
         """Serve the heads of a config, {"heads": {NAME: FOLDER}}, from now on."""
         if heads := config.get("heads"):
-            await self._service.replace({name: Location(path).url for name, path in heads.items()})
+            await self._gate.service.replace({name: Location(path).url for name, path in heads.items()})
 
     def __serve_build_asgi_app__(self) -> Any:
-        return _asgi(self._service, self._fleet, self._monitor, self._encoder, self._settings)
+        return self._gate.asgi()
 
 
 def build(config: Mapping[str, Any]) -> Any:
@@ -249,7 +262,7 @@ def build(config: Mapping[str, Any]) -> Any:
         max_ongoing_requests=settings.limits.queue,
         graceful_shutdown_timeout_s=settings.limits.deadline,
         ray_actor_options={"num_cpus": 0.5},
-    )(serve.ingress()(Gate))
+    )(serve.ingress()(DeployedGate))
     return gate.bind(encoders, encoder, heads, settings)
 
 
@@ -262,7 +275,7 @@ def _shared(urls: Mapping[str, str]) -> dict[str, Any]:
     """
     found = {name: bundles.load(url) for name, url in urls.items()}
     first = next(iter(found.values()))
-    checkpoint_of(first)
+    checkpoint_of(first.encoder)
     registry = Registry(first.encoder)
     for name, bundle in found.items():
         registry.check(bundle, urls[name])
@@ -365,7 +378,7 @@ def _run(
             handle = serve.run(encoders, name=app, route_prefix=None)
         except Exception as error:
             raise ClusterError(f"The encoder does not start: {' '.join(str(error).split())[:300]}") from None
-        _serve(handle, app, heads, encoder, settings, listening)
+        _serve(Gate(handle, app, encoder, settings), heads, settings, listening)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is on its way
         serve.delete(app)
@@ -373,14 +386,7 @@ def _run(
             serve.shutdown()
 
 
-def _serve(
-    handle: Any,
-    app: str,
-    heads: Mapping[str, str],
-    encoder: Mapping[str, Any],
-    settings: Settings,
-    listening: socket.socket,
-) -> None:
+def _serve(gate: Gate, heads: Mapping[str, str], settings: Settings, listening: socket.socket) -> None:
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -401,11 +407,9 @@ def _serve(
             self.interrupted |= sig == signal.SIGINT
 
     async def serving() -> bool:
-        service, fleet, monitor = _service(handle, app, encoder, settings)
-        await fleet.watch()
-        await service.replace(heads)
+        await gate.open(heads)
         config = uvicorn.Config(
-            _asgi(service, fleet, monitor, encoder, settings),
+            gate.asgi(),
             log_config=None,
             access_log=False,
             server_header=False,

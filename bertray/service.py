@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bertray import answers, explain
 from bertray import bundle as bundles
-from bertray import explain
 from bertray.batcher import Batcher, Input, Read
 from bertray.bundle import Bundle
 from bertray.errors import BertrayError, BundleError, CheckpointError, SpecError
 from bertray.features import related
-from bertray.heads import probabilities
 from bertray.predict import answers_to, labels_of
 from bertray.registry import Head, Reading, Registry, Shelf
 from bertray.storage import Location
@@ -171,7 +170,7 @@ class Service:
         found = explain.pieces(given.text)
         inputs = [given, *(given._replace(text=text) for text in found.without)]
         reads = await self._read(shelf, head, inputs, True, seconds)
-        scores = _scores(bundle, bundle.head.logits(_vectors(shelf.reading(head), bundle, reads)))
+        scores = answers.scores(bundle, bundle.head.logits(_vectors(shelf.reading(head), bundle, reads)))
         best = int(scores[0].argmax())
         words = [
             {"text": given.text[start:stop], "start": start, "end": stop, "weight": float(scores[0, best] - without)}
@@ -245,7 +244,7 @@ class Service:
         async with self._changing:
             bundle = await asyncio.to_thread(bundles.load, url)
             head = self.registry.next(name, bundle, url)
-            await self._warm({name: head})
+            await self._warm(self.registry.with_heads({name: head}), [head])
             self.registry.put(head)
         return head
 
@@ -258,7 +257,7 @@ class Service:
         async with self._changing:
             loaded = {name: await asyncio.to_thread(bundles.load, url) for name, url in urls.items()}
             heads = {name: self.registry.next(name, bundle, urls[name]) for name, bundle in loaded.items()}
-            await self._warm(heads)
+            await self._warm(Shelf(heads), list(heads.values()))
             self.registry.replace(heads)
 
     async def remove(self, name: str) -> None:
@@ -271,14 +270,13 @@ class Service:
         async with self._changing:
             return self.registry.roll_back(name)
 
-    async def _warm(self, heads: Mapping[str, Head]) -> None:
-        """Ask those heads for an answer, so that the first request need not wait for what that takes.
+    async def _warm(self, shelf: Shelf, heads: Sequence[Head]) -> None:
+        """Ask heads of what will be served for an answer, so that the first request need not wait for what that takes.
 
         Raises:
             BundleError: one of them cannot answer.
         """
-        shelf = self.registry.with_heads(heads)
-        for head in heads.values():
+        for head in heads:
             given = Input(_PROBE, _PROBE if head.bundle.pairs else None)
             try:
                 await self.predict(shelf, head, [given], Options(ood=True), self.limits.deadline)
@@ -327,30 +325,18 @@ def _vectors(reading: Reading, bundle: Bundle, reads: Sequence[Read]) -> Any:
     return np.stack(chosen)
 
 
-def _scores(bundle: Bundle, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Probabilities [n, labels], or numbers."""
-    link = {"single_label": "softmax", "multi_label": "sigmoid"}.get(bundle.problem, "squared")
-    return probabilities(link, logits)
-
-
 def _classified(bundle: Bundle, vectors: NDArray[Any], options: Options) -> list[dict[str, Any]]:
     logits = bundle.head.logits(vectors)
-    scores = _scores(bundle, logits)
+    scores = answers.scores(bundle, logits)
     if bundle.problem == "regression":
         return [{"value": value} for value in scores[:, 0].tolist()]
     order = (-scores).argsort(axis=1, kind="stable")[:, : options.top_k]
     shown = np.take_along_axis(logits if options.raw_scores else scores, order, 1).tolist()
-    names = bundle.labels
-    found: list[dict[str, Any]] = []
-    for row, (places, values) in enumerate(zip(order.tolist(), shown, strict=True)):
-        own = scores[row]
-        if bundle.problem == "multi_label":
-            told: dict[str, Any] = {"labels": [names[i] for i in np.flatnonzero(own > 0.5)]}
-        else:
-            told = {"label": names[places[0]] if own.max() >= bundle.threshold else None}
-        told["scores"] = [{"label": names[i], "score": value} for i, value in zip(places, values, strict=True)]
-        found.append(told)
-    return found
+    key, names = "labels" if bundle.problem == "multi_label" else "label", bundle.labels
+    return [
+        {key: label, "scores": [{"label": names[i], "score": value} for i, value in zip(places, values, strict=True)]}
+        for label, places, values in zip(answers.chosen(bundle, scores), order.tolist(), shown, strict=True)
+    ]
 
 
 def _found(

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from benchmarks.processes import titled
 from bertray.store import Store
 from bertray.vectors import vectors_of
 
 TARGETS = ("worker", "raylet", "driver")
-_MARKS = {"worker": b"UnitEncoder", "raylet": b"/raylet/raylet\0", "gcs": b"/gcs_server\0"}
+_MARKS = {"worker": "UnitEncoder", "raylet": "/raylet/raylet\0", "gcs": "/gcs_server\0"}
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
     "HF_HUB_OFFLINE": "1",
     "PYTHONUNBUFFERED": "1",
@@ -38,35 +39,11 @@ def embed_spec(folder, **parts):
     return folder / "spec.json"
 
 
-def descendants(pid):
-    """The ids of all processes below one."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    found, todo = [], [pid]
-    while todo:
-        parent = todo.pop()
-        below = [child for child, its in parents.items() if its == parent]
-        found += below
-        todo += below
-    return found
-
-
 def find(pid, target):
     """The id of a process of a running command, or None."""
     if target == "driver":
         return pid
-    for child in descendants(pid):
-        try:
-            if _MARKS[target] in Path(f"/proc/{child}/cmdline").read_bytes():
-                return child
-        except OSError:
-            continue
-    return None
+    return next(iter(titled(pid, _MARKS[target])), None)
 
 
 def kill_at_random(start, run, kills, seed, targets=TARGETS, pause=(0.5, 6.0), limit=900):

@@ -100,19 +100,24 @@ def topics_of(bundle):
     return replace(bundle, problem="multi_label", labels=labels, head=head, threshold=0.0, fingerprint="topics")
 
 
+def free_port():
+    """A port of loopback that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @contextmanager
 def serving(*arguments, environment=None):
     """`bertray serve` as a process of its own: its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "bertray.cli", "serve", *map(str, arguments), "--port", str(port)]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "BERTRAY_TEST": str(port), **(environment or {})},
+        env={**os.environ, **(environment or {})},
     )
     lines = []
 
@@ -181,9 +186,7 @@ def s3():
     import boto3
     from moto.server import ThreadedMotoServer
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
     server.start()
     settings = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}

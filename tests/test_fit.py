@@ -2,18 +2,16 @@
 
 import os
 import signal
-from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from chaos import descendants
 from conftest import with_vectors
 from handmade import store_of
 from sklearn.linear_model import LogisticRegression
 
+from benchmarks.processes import titled
 from bertray import fit as fitting
 from bertray import ood
 from bertray.encoder import Encoder
@@ -233,11 +231,7 @@ def test_what_is_familiar_of_pairs_is_what_a_head_sees_of_them(tmp_path, form):
 
 def train_worker():
     """The id of one of Ray Train's processes that this one has begun."""
-    for pid in descendants(os.getpid()):
-        with suppress(OSError):
-            if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                return pid
-    raise AssertionError("no process of Ray Train's is there")
+    return titled(os.getpid(), "RayTrainWorker")[0]
 
 
 @pytest.mark.timeout(400)

@@ -19,6 +19,7 @@ import pytest
 from conftest import SHARED, SIX, demo_rows, read_jsonl, serving, wait_until
 
 import bertray
+from benchmarks.processes import titled
 from bertray import bundle as bundles
 from bertray.errors import BertrayError, BundleError
 from bertray.predict import predict_files
@@ -50,16 +51,7 @@ def metrics(address):
 
 def encoders(process):
     """Processes of encoders below that of a service."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            title = (folder / "cmdline").read_bytes()
-            environment = (folder / "environ").read_bytes()
-        except OSError:
-            continue
-        if b"Encoders" in title and f"BERTRAY_TEST={process.args[-1]}".encode() in environment:
-            found.append(int(folder.name))
-    return found
+    return titled(process.pid, "Encoders")
 
 
 # --- answers ----------------------------------------------------------------------------------------------
