@@ -8,8 +8,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_PAGE = os.sysconf("SC_PAGE_SIZE")
-
 
 def start(command: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
     """Start a command as the head of a process group of its own."""
@@ -47,8 +45,15 @@ def titled(pid: int, words: str) -> list[int]:
 
 
 def memory(pid: int) -> int:
-    """Bytes that a process and those below it hold in memory; what they share counts for each."""
-    return sum(int(held.split()[1]) * _PAGE for child in below(pid) if (held := _read(child, "statm")))
+    """Bytes that a process and those below it hold in memory; of what is shared, each has its share (PSS)."""
+    return sum(_share(child) for child in below(pid))
+
+
+def _share(pid: int) -> int:
+    for line in _read(pid, "smaps_rollup").splitlines():
+        if line.startswith(b"Pss:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def _read(pid: int, name: str) -> bytes:

@@ -4,14 +4,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bertray.errors import BertrayError
+    from bertray.explorer import explore
     from bertray.pipeline import run
     from bertray.predict import load
     from bertray.spec import Spec, load_spec
 
 __version__ = "0.1.0"
-__all__ = ["BertrayError", "Spec", "load", "load_spec", "run"]
+__all__ = ["BertrayError", "Spec", "explore", "load", "load_spec", "run"]
 
-_HOMES = {"BertrayError": "errors", "Spec": "spec", "load": "predict", "load_spec": "spec", "run": "pipeline"}
+_HOMES = {
+    "BertrayError": "errors",
+    "Spec": "spec",
+    "explore": "explorer",
+    "load": "predict",
+    "load_spec": "spec",
+    "run": "pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -38,12 +38,20 @@ _TOKENIZER_FILES = (
 _HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", *_TOKENIZER_FILES]
 
 
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A pretrained encoder in a local folder, with config, weights and tokenizer."""
 
     name: str
     folder: Path
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the folder holds weights, and not a tokenizer alone."""
+        return any(any(self.folder.glob(pattern)) for pattern in _WEIGHTS)
 
     @cached_property
     def weights_hash(self) -> str:
@@ -77,25 +85,29 @@ class Checkpoint:
         }
 
 
-def find(name: str, revision: str = "main") -> Checkpoint:
+def find(name: str, revision: str = "main", weights: bool = True) -> Checkpoint:
     """The checkpoint of that name.
+
+    Args:
+        weights: whether it has to have weights; without, a folder with a tokenizer and a config is one too.
 
     Raises:
         CheckpointError: it is nowhere to be had, or its weights are not those that were published.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _checked(Checkpoint(str(folder.resolve()), folder.resolve()))  # other processes have other folders
-    if name in PACKAGED and (packaged := _packaged(name)):
-        return _checked(packaged)
-    return _checked(Checkpoint(name, _hub(name, revision)))
+        found = Checkpoint(str(folder.resolve()), folder.resolve())  # other processes have other folders
+    else:
+        packaged = _packaged(name) if name in PACKAGED else None
+        found = packaged or Checkpoint(name, _hub(name, revision))
+    return _checked(found, weights)
 
 
-def _checked(checkpoint: Checkpoint) -> Checkpoint:
+def _checked(checkpoint: Checkpoint, weights: bool) -> Checkpoint:
     folder = checkpoint.folder
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is not a checkpoint: it has no config.json. Give the folder of a saved model.")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+    if weights and not checkpoint.has_weights:
         raise CheckpointError(f"{folder} holds no weights (model.safetensors). Give the folder of a saved model.")
     return checkpoint
 

@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_predict(commands, common)
     _add_export(commands, common)
     _add_serve(commands, common)
+    _add_explore(commands, common)
     for name, action, text in (
         ("status", _status, "what of a run is done, missing and set aside, and at what speed"),
         ("verify", _verify, "check every shard of a run: checksums, counts, ids, vectors"),
@@ -200,6 +201,34 @@ def _add_serve(commands: Any, common: argparse.ArgumentParser) -> None:
         "cache (bytes of vectors)",
     )
     command.set_defaults(action=_serve)
+
+
+def _add_explore(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "explore",
+        parents=[common],
+        help="look at a text, or two, as BERT does",
+        description="Tokens, embedding tables, layers, vectors and attention of a text, or of two as a pair; masked "
+        "words filled; with a bundle, why its head answers as it does. Needs no Ray.",
+    )
+    command.add_argument("text", nargs="?", metavar="TEXT", help="may hold [MASK] for a word")
+    command.add_argument("pair", nargs="?", metavar="TEXT_B", help="the second text of a pair")
+    command.add_argument("--model", default="", metavar="NAME", help="a folder, or a name on the Hugging Face hub")
+    command.add_argument(
+        "--bundle", default="", metavar="BUNDLE", help="whose encoder looks, and whose answer is explained"
+    )
+    command.add_argument("--ids", default="", metavar="ID,ID,...", help="tell which tokens these are, and no more")
+    command.add_argument(
+        "--show",
+        default="",
+        metavar="SECTION,...",
+        help="some sections alone: tokens, tables, architecture, outputs, pretraining, prediction",
+    )
+    command.add_argument(
+        "--dims", type=int, default=10, metavar="N", help="first numbers of vectors to give; 0 for all"
+    )
+    command.add_argument("--html", default="", metavar="FILE", help="write a page with all maps instead")
+    command.set_defaults(action=_explore)
 
 
 def _add_export(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -319,6 +348,39 @@ def _serve(options: argparse.Namespace) -> None:
     limits = limits_of(dict(item.partition("=")[::2] for item in options.limit))
     settings = Settings(options.host, options.port, options.heads, options.keys, tuple(options.cors), limits)
     run(named(options.bundle), settings, RaySizes(workers=options.replicas))
+
+
+def _explore(options: argparse.Namespace) -> dict[str, Any]:
+    from bertray import display, explorer
+
+    if options.ids:
+        found = explorer.vocabulary(_numbers(options.ids), model=options.model)
+        lines = display.vocabulary_lines(found)
+    elif options.text is None:
+        raise BertrayError('There is nothing to look at. Give a text: bertray explore "I was thirsty!"')
+    else:
+        show = [name.strip() for name in options.show.split(",") if name.strip()]
+        found = explorer.explore(
+            options.text, options.pair, model=options.model, bundle=options.bundle, show=show, dims=options.dims
+        )
+        lines = display.lines(found)
+    plain: dict[str, Any] = explorer.plain(found)
+    if options.html:
+        from bertray.storage import Location
+
+        Location(options.html).write(display.page(plain))
+        lines = iter([f"written: {options.html}"])
+    if not options.json:
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        print("\n".join(lines))
+    return plain
+
+
+def _numbers(given: str) -> list[int]:
+    try:
+        return [int(number) for number in given.replace(",", " ").split()]
+    except ValueError:
+        raise BertrayError(f"--ids must be numbers with commas between, such as 101,102. Got {given!r:.60}.") from None
 
 
 def _status(options: argparse.Namespace) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class Encoder:
             os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's own pool
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
         self.features = tuple(wanted) or features(spec.pooling, spec.layers, checkpoint.layers)
-        model, self._facts = _load(checkpoint)
+        model, self._facts = load(checkpoint)
         self._facts.check(spec, self.features)
         self.backend = backends.choose(model, spec.precision, self.features, device, threads)
         self._checkpoint, self._stored = checkpoint, stored_dtype(spec.precision)
@@ -404,15 +404,26 @@ class _Facts:
             )
 
 
-def _load(checkpoint: Checkpoint) -> tuple[Any, _Facts]:
-    """The model in float32 on the CPU, without a pooler that was never trained."""
+def load(checkpoint: Checkpoint, attention: str = "") -> tuple[Any, _Facts]:
+    """The model in float32 on the CPU, without a pooler that was never trained.
+
+    Args:
+        attention: how transformers is to compute it, if not in its own best way; `eager` tells its maps.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or lacks weights.
+    """
     from transformers import AutoModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         model, info = AutoModel.from_pretrained(
-            checkpoint.folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+            checkpoint.folder,
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=True,
+            **({"attn_implementation": attention} if attention else {}),
         )
     except Exception as error:  # transformers raises many kinds: say what it said
         raise CheckpointError(f"{checkpoint.name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error

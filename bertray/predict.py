@@ -67,16 +67,26 @@ class Predictor:
             BertrayError: the texts are not strings, or pairs are missing or given to a bundle without them.
         """
         texts, pairs, words = self._checked(texts, pairs)
-        if self.bundle.siamese and pairs is not None:
-            encoded, _ = pair_texts.encode(self.encoder, texts, pairs)
-        else:
-            encoded = self.encoder.encode(texts, pairs, words)
+        encoded = self._encoded(texts, pairs, words)
         found = answers_to(self.bundle, encoded.vectors, encoded.spans, texts, pairs)
         probabilities = None
         if "probabilities" in found:
             flat = found["probabilities"].flatten().to_numpy()
             probabilities = flat.reshape(len(texts), len(self.bundle.labels))
         return Predictions(labels_of(found), probabilities)
+
+    def vectors(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> NDArray[np.float32]:
+        """What the head sees of texts, or of pairs: [n, width], where it sees each whole.
+
+        Raises:
+            BertrayError: as `predict`.
+        """
+        return np.asarray(self._encoded(*self._checked(texts, pairs)).vectors, np.float32)
+
+    def _encoded(self, texts: list[str], pairs: list[str] | None, words: list[Any] | None) -> Any:
+        if self.bundle.siamese and pairs is not None:
+            return pair_texts.encode(self.encoder, texts, pairs)[0]
+        return self.encoder.encode(texts, pairs, words)
 
     def _checked(
         self, texts: Sequence[Any], pairs: Sequence[str] | None

@@ -217,14 +217,7 @@ class Tokenizer:
             CheckpointError: the folder has no fast tokenizer.
             SpecError: the overlap leaves a window no room to move on.
         """
-        from transformers import AutoTokenizer
-
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        except Exception as error:  # transformers raises many kinds: say what it said
-            raise CheckpointError(f"{folder} has no usable tokenizer: {' '.join(str(error).split())[:200]}") from error
-        if not self._tokenizer.is_fast:
-            raise CheckpointError(f"{folder} has no fast tokenizer (tokenizer.json). Save one with transformers.")
+        self._tokenizer: Any = load(folder)
         self.part = part
         self._fast = _nanotoken(self._tokenizer) if part == "text" else None
         self._compared = False
@@ -416,6 +409,23 @@ class Tokenizer:
             )
 
 
+def load(folder: Path) -> Any:
+    """The tokenizer of a checkpoint's folder, as transformers gives it.
+
+    Raises:
+        CheckpointError: the folder has no fast tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers raises many kinds: say what it said
+        raise CheckpointError(f"{folder} has no usable tokenizer: {' '.join(str(error).split())[:200]}") from error
+    if not tokenizer.is_fast:
+        raise CheckpointError(f"{folder} has no fast tokenizer (tokenizer.json). Save one with transformers.")
+    return tokenizer
+
+
 def _replaced(tokens: Tokens, rows: Ints, counts: Ints, places: list[Ints], truncated: NDArray[np.bool_]) -> Tokens:
     """Tokens with some rows replaced.
 
@@ -460,7 +470,7 @@ def _words_of(encoding: Any, text: str, part: str, given: Ints | None) -> tuple[
     """
     owner = 1 if part == "token" else 0
     own = np.array([i for i, sequence in enumerate(encoding.sequence_ids) if sequence == owner], np.int64)
-    spans = np.array([_stripped(text, *encoding.offsets[i]) for i in own.tolist()], np.int64).reshape(-1, 2)
+    spans = np.array([stripped(text, *encoding.offsets[i]) for i in own.tolist()], np.int64).reshape(-1, 2)
     if part == "token":
         question = [i for i, sequence in enumerate(encoding.sequence_ids) if sequence == 0] or [0]
         before = [[question[0], question[-1] + 1], [0, 1]]
@@ -483,7 +493,7 @@ def _words_of(encoding: Any, text: str, part: str, given: Ints | None) -> tuple[
     return given, places
 
 
-def _stripped(text: str, start: int, stop: int) -> tuple[int, int]:
+def stripped(text: str, start: int, stop: int) -> tuple[int, int]:
     """A range of characters without the white space at its ends, which some tokenizers count in."""
     piece = text[start:stop]
     return start + len(piece) - len(piece.lstrip()), stop - (len(piece) - len(piece.rstrip()) if piece.strip() else 0)

@@ -1,0 +1,85 @@
+"""The weights of a checkpoint by name, read no further than asked. Knows nothing of what they compute.
+
+Names are those of transformers' models today: `gamma` and `beta` of layer norms in checkpoints of TensorFlow's days are
+`weight` and `bias`.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bertray.errors import CheckpointError
+
+_FLOATS = re.compile(r"B?F\d+|torch\.b?float\d+")
+_OLD = {"gamma": "weight", "beta": "bias"}
+_BLOCK = 8192  # rows at once
+
+
+class Weights:
+    """What the files of a checkpoint hold.
+
+    shapes: of each weight; numbers that are no weights, such as positions counted up, are left out.
+    kind: of its numbers, such as F32.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Look at the files' heads; weights themselves are read when they are asked for.
+
+        Raises:
+            CheckpointError: there are none, or they cannot be read.
+        """
+        try:
+            found = list(_tensors(folder))
+        except Exception as error:  # safetensors and torch raise many kinds: say what they said
+            said = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"The weights in {folder} cannot be read: {said}") from error
+        self._parts: dict[str, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.kind = ""
+        for name, part, shape, kind in found:
+            if _FLOATS.fullmatch(kind):
+                start, dot, last = name.rpartition(".")
+                name = start + dot + _OLD.get(last, last)
+                self._parts[name], self.shapes[name] = part, shape
+                self.kind = self.kind or kind.removeprefix("torch.")
+
+    def name(self, ending: str) -> str:
+        """The name of the weight that ends so, whatever model it is part of; empty if there is none."""
+        return min((name for name in self.shapes if f".{name}".endswith(f".{ending}")), key=len, default="")
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """A weight in float32."""
+        return self._rows(name, slice(None))
+
+    def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        """[rows, width] of a table in float32."""
+        own = {row: self._rows(name, slice(row, row + 1)) for row in dict.fromkeys(rows)}
+        return torch.cat([own[row] for row in rows])
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """A table in float32, some thousand rows at a time."""
+        for start in range(0, self.shapes[name][0], _BLOCK):
+            yield self._rows(name, slice(start, start + _BLOCK))
+
+    def _rows(self, name: str, rows: slice) -> torch.Tensor:
+        tensor: torch.Tensor = self._parts[name][rows]
+        return tensor.float()
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Any, tuple[int, ...], str]]:
+    """Name, what gives it in slices, shape and type of each tensor."""
+    from safetensors import safe_open
+
+    if files := sorted(folder.glob("*.safetensors")):
+        for file in files:
+            opened = safe_open(file, "pt")
+            for name in opened.keys():  # noqa: SIM118 - it is no dict
+                part = opened.get_slice(name)
+                yield name, part, tuple(part.get_shape()), part.get_dtype()
+        return
+    for file in sorted(folder.glob("pytorch_model*.bin")):
+        for name, tensor in torch.load(file, map_location="cpu", mmap=True, weights_only=True).items():
+            yield name, tensor, tuple(tensor.shape), str(tensor.dtype)
