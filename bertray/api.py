@@ -101,6 +101,7 @@ class _Api:
             ("POST", "/v1/heads/{name}", self.predict_head_as_pipelines),
             ("POST", "/v1/heads/{name}/predict", self.predict_head),
             ("POST", "/v1/heads/{name}/explain", self.explain_head),
+            ("POST", "/v1/explore", self.explore),
             ("PUT", "/v1/heads/{name}", self.put_head),
             ("DELETE", "/v1/heads/{name}", self.remove_head),
             ("POST", "/v1/heads/{name}/rollback", self.roll_back_head),
@@ -187,6 +188,14 @@ class _Api:
             raise Refused(422, "One input at a time is explained. Got a list.")
         work = self.service.explain(shelf, head, inputs[0], self.limits.deadline)
         return _json({"head": head.name, "version": head.version, **await self._unless_gone(request, work)}, head)
+
+    async def explore(self, request: Request) -> Response:
+        body = await self._body(request, schemas.Explore)
+        texts = self._texts(body.inputs, "inputs")
+        if len(texts) not in (1, 2):
+            raise Refused(422, f"inputs must be a text, or a list of two. Got a list of {len(texts)}.")
+        given = Input(texts[0].text, texts[1].text if len(texts) > 1 else None)
+        return _json(await self._unless_gone(request, self.service.explore(given, body.dims, self.limits.deadline)))
 
     # --- heads --------------------------------------------------------------------------------------------
 

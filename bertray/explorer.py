@@ -46,6 +46,7 @@ _ABOUT = {
     "times input: how much a token's embedding, taken by itself, raises the label's logit; the two need not agree.",
 }
 SECTIONS = tuple(_ABOUT)
+OF_TEXTS = tuple(name for name in SECTIONS if name != "prediction")  # what needs no bundle
 _LACKS = {  # tables that some models have not
     "position": "This model has no table of positions: its attention itself knows how far apart tokens are.",
     "type": "This model has no table of token types.",

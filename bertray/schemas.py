@@ -82,6 +82,23 @@ class Explain(_Body):
     model_config = ConfigDict(json_schema_extra={"example": {"inputs": "this is great news!"}})
 
 
+class Explore(_Body):
+    inputs: StrictStr | _Strings = Field(
+        description="a text, or two; [MASK] stands for a word to be guessed",
+        json_schema_extra={
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 2},
+            ]
+        },
+    )
+    dims: Annotated[Annotated[StrictInt, Field(ge=1, le=4096)], _whole] = Field(
+        10, description="how many numbers of each vector are given"
+    )
+
+    model_config = ConfigDict(json_schema_extra={"example": {"inputs": "I was [MASK]!"}})
+
+
 class Put(_Body):
     bundle: StrictStr = Field(description="a bundle's folder below that of --heads", max_length=1000)
 
@@ -329,6 +346,13 @@ ROUTES: dict[tuple[str, str], dict[str, Any]] = {
     ("POST", "/v1/heads/{name}/explain"): _route(
         "How much each word counted for a head's answer", "predict", Explanation, Explain, _OF_A_TEXT
     ),
+    ("POST", "/v1/explore"): _route(
+        "Tokens, tables, layers and outputs of a text, or of two as a pair",
+        "explore",
+        dict[str, Any],
+        Explore,
+        _OF_A_TEXT,
+    ),
     ("GET", "/v1/heads"): _route("The heads that are served", "heads", Cards),
     ("PUT", "/v1/heads/{name}"): _route("Serve a bundle under a name from now on", "heads", Card, Put, _OF_A_TEXT),
     ("DELETE", "/v1/heads/{name}"): _route(
@@ -346,7 +370,7 @@ ROUTES: dict[tuple[str, str], dict[str, Any]] = {
     ("GET", "/"): _route("A page to try it", "service", HTMLResponse),
 }
 ROUTES["PUT", "/v1/heads/{name}"]["responses"] |= _CREATED
-_BODIES = (Pipelines, Predict, PredictHead, Explain, Put, Embed, Embeddings)
+_BODIES = (Pipelines, Predict, PredictHead, Explain, Explore, Put, Embed, Embeddings)
 
 
 def example(model: type[BaseModel]) -> str:

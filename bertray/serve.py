@@ -24,6 +24,7 @@ from bertray import bundle as bundles
 from bertray.batcher import Batcher, Input, Lost, Read
 from bertray.cluster import connected, plan_workers
 from bertray.errors import BertrayError, ClusterError
+from bertray.explorer import OF_TEXTS, Explorer
 from bertray.features import Feature, parse
 from bertray.monitor import Monitor
 from bertray.predict import checkpoint_of, encoder_spec
@@ -84,7 +85,8 @@ class Encoders:
         every = [Feature("mean", checkpoint.layers)]
         self._encoder = Encoder(checkpoint, self._spec, device, threads, "text", every)
         self._readings: dict[Reading, Any] = {}
-        self._loading = threading.Lock()
+        self._explorer = Explorer(checkpoint)
+        self._loading, self._exploring = threading.Lock(), threading.Lock()
         self._broken = ""
 
     async def encode(self, reading: Reading, inputs: Sequence[Input]) -> tuple[Any, ...]:
@@ -112,6 +114,14 @@ class Encoders:
                     del self._readings[next(iter(self._readings))]
                 self._readings[reading] = self._encoder.reading(spec, reading.part, wanted)
             return self._readings[reading]
+
+    async def explore(self, given: Input, dims: int) -> dict[str, Any]:
+        """As `explorer.explore`, of this process's checkpoint."""
+        return await asyncio.to_thread(self._explore, given, dims)
+
+    def _explore(self, given: Input, dims: int) -> dict[str, Any]:
+        with self._exploring:
+            return self._explorer.look(given.text, given.pair, OF_TEXTS, dims)
 
     def check_health(self) -> None:
         """Asked by Ray Serve, which replaces what is not well."""
@@ -166,8 +176,20 @@ class _Fleet:
 
     async def encode(self, reading: Reading, inputs: Sequence[Input]) -> list[Read]:
         """As `batcher.Encode`."""
+        vectors, spans, tokens, truncated, failed = await self._asked(self._handle.encode, reading, list(inputs))
+        return [
+            Read(np.array(vectors[i]), spans[i], int(tokens[i]), bool(truncated[i]), failed.get(i, ""))
+            for i in range(len(inputs))
+        ]
+
+    async def explore(self, given: Input, dims: int) -> dict[str, Any]:
+        """As `service.Explore`."""
+        found: dict[str, Any] = await self._asked(self._handle.explore, given, dims)
+        return found
+
+    async def _asked(self, method: Any, *arguments: Any) -> Any:
         try:
-            vectors, spans, tokens, truncated, failed = await self._handle.encode.remote(reading, list(inputs))
+            return await method.remote(*arguments)
         except BertrayError as error:
             raise getattr(error, "cause", error) from None  # without Ray's account of where it happened
         except asyncio.CancelledError:
@@ -176,10 +198,6 @@ class _Fleet:
             log.warning("serve: an encoder was lost: %s", " ".join(str(error).split())[:200])
             await asyncio.sleep(_BACK_OFF)
             raise Lost(type(error).__name__) from None
-        return [
-            Read(np.array(vectors[i]), spans[i], int(tokens[i]), bool(truncated[i]), failed.get(i, ""))
-            for i in range(len(inputs))
-        ]
 
 
 def _running(app: str) -> int:
@@ -207,7 +225,7 @@ class Gate:
         limits = settings.limits
         batcher = Batcher(self._fleet.encode, self._fleet.places, self._monitor, limits.queue, limits.cache)
         folder = Location(settings.heads) if settings.heads else None
-        self.service = Service(Registry(encoder), batcher, limits, folder)
+        self.service = Service(Registry(encoder), batcher, self._fleet.explore, limits, folder)
 
     async def open(self, heads: Mapping[str, str]) -> None:
         """Serve those heads, from now on."""

@@ -2,7 +2,7 @@
 of Ray."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bertray import answers, explain
 from bertray import bundle as bundles
-from bertray.batcher import Batcher, Input, Read
+from bertray.batcher import Batcher, Input, Late, Lost, Overloaded, Read, Unavailable
 from bertray.bundle import Bundle
 from bertray.errors import BertrayError, BundleError, CheckpointError, SpecError
 from bertray.features import related
@@ -21,6 +21,10 @@ from bertray.registry import Head, Reading, Registry, Shelf
 from bertray.storage import Location
 
 _PROBE = "a plain text"
+_EXPLORED = 8  # texts that may wait to be looked into: each takes as long as dozens that are encoded
+
+# Looks into a text or a pair, with so many numbers of each vector, as `explorer.explore`; raises Lost, as an encoder.
+Explore = Callable[[Input, int], Awaitable[dict[str, Any]]]
 
 
 class Wrong(BertrayError):
@@ -118,14 +122,18 @@ def _form(bundle: Bundle) -> str:
 class Service:
     """Heads, and texts on their way to the encoder."""
 
-    def __init__(self, registry: Registry, batcher: Batcher, limits: Limits, folder: Location | None = None) -> None:
+    def __init__(
+        self, registry: Registry, batcher: Batcher, explore: Explore, limits: Limits, folder: Location | None = None
+    ) -> None:
         """A service of what the registry holds.
 
         Args:
+            explore: what looks into texts, one at a time.
             folder: where bundles may be put from; None allows none.
         """
         self.registry, self.batcher, self.limits, self.folder = registry, batcher, limits, folder
-        self._changing = asyncio.Lock()
+        self._changing, self._exploring = asyncio.Lock(), asyncio.Lock()
+        self._explore, self._explored = explore, 0
 
     # --- answers ------------------------------------------------------------------------------------------
 
@@ -182,6 +190,28 @@ class Service:
             "method": "occlusion",
             "words": words,
         }
+
+    async def explore(self, given: Input, dims: int, seconds: float) -> dict[str, Any]:
+        """What the encoder sees of a text or a pair (see `explorer.explore`).
+
+        Raises:
+            Wrong: it cannot be looked into.
+            Overloaded, Late, Unavailable: see `Batcher.read`.
+        """
+        if self._explored >= _EXPLORED:
+            raise Overloaded(self._explored, 1.0)
+        self._explored += 1
+        try:
+            async with asyncio.timeout(seconds), self._exploring:
+                return await self._explore(given, dims)
+        except TimeoutError:
+            raise Late(f"Not looked into within {seconds:g} s.") from None
+        except Lost:
+            raise Unavailable("The encoder ended while it looked. Try again.") from None
+        except BertrayError as error:
+            raise Wrong(str(error)) from None
+        finally:
+            self._explored -= 1
 
     async def embed(
         self, shelf: Shelf, head: Head, inputs: Sequence[Input], normalize: bool, truncate: bool, seconds: float

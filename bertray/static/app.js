@@ -5,7 +5,7 @@ const stored = (use) => {
   try {
     return use(sessionStorage);
   } catch {
-    return null; // forbidden: the key lives as long as the page
+    return null; // forbidden: a key lives as long as the page
   }
 };
 const now = { heads: [], head: null, limits: {}, key: stored((storage) => storage.getItem("bertray-key")), table: null, job: null, asking: null };
@@ -50,7 +50,7 @@ const pause = (seconds, signal) => new Promise((resolve, reject) => {
 });
 
 /** JSON of a path. A service that is busy or not ready says when to come again, and we do. */
-async function call(path, { body, signal, waiting = () => {} } = {}) {
+export async function call(path, { body, signal, waiting = () => {} } = {}) {
   const headers = { Accept: "application/json" };
   if (now.key) headers.Authorization = `Bearer ${now.key}`;
   if (body) headers["Content-Type"] = "application/json";
@@ -332,7 +332,7 @@ function weighed(text, { words, score }, label, reason) {
   const strongest = Math.max(0.01, ...words.map(({ weight }) => Math.abs(weight)));
   const drawn = [];
   return pieces(text, words, (part, { weight }) => {
-    // as of an image, the weight is read along with the word
+    // as an image's, the weight is read too
     const ariaLabel = `${part}: ${weight < 0 ? "against" : "for"} ${label}, ${signed(weight)}`;
     const word = make(weight < 0 ? "span.w.against" : "span.w", part, { role: "img", ariaLabel, tabIndex: drawn.length ? -1 : 0 });
     word.style.setProperty("--s", Math.abs(weight) / strongest);

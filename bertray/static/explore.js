@@ -1,5 +1,5 @@
 // Draws what BERT sees (POST /v1/explore, or `bertray explore --html`). What people wrote is shown as text alone.
-const SVG = "http://www.w3.org/2000/svg", CELL = 18, LABELS = 96, MAP = 40;
+const SVG = "http://www.w3.org/2000/svg", CELL = 18, LABELS = 96;
 const TITLES = {
   tokens: "Tokens", tables: "Embedding tables", architecture: "Architecture",
   outputs: "Outputs", pretraining: "Pretraining tasks", prediction: "The prediction, explained",
@@ -7,7 +7,7 @@ const TITLES = {
 const KINDS = ["token", "position", "type"];
 
 /** An element `p.small` of its children and properties. Text stays text. */
-function make(kind, ...parts) {
+export function make(kind, ...parts) {
   const [tag, ...classes] = kind.split(".");
   const element = document.createElement(tag);
   element.className = classes.join(" ");
@@ -36,20 +36,20 @@ const scrolled = (label, ...parts) => make("div.scroll", { tabIndex: 0, role: "r
 const cell = (tag, part, kind = "") => make(kind ? `${tag}.${kind}` : tag, part);
 
 function listing(label, columns, rows) {
-  const head = make("tr", ...columns.map((column) => make("th", column, { scope: "col" })));
+  const head = make("tr", ...columns.map((column) => column instanceof Node ? column : make("th", column, { scope: "col" })));
   const body = rows.map((row) => make("tr", ...row.map((part) => part instanceof HTMLTableCellElement ? part : cell("td", part))));
   return scrolled(label, make("table", make("thead", head), make("tbody", ...body)));
 }
 
-/** Numbers in cells, the darker the larger, negative ones in another colour. */
-function numbers(label, names, columns, values, digits = 2) {
-  const most = Math.max(1e-9, ...values.map((row) => Math.max(...row.map(Math.abs))));
+/** Numbers in cells, the darker the larger (of all, or of each row alone), negative ones in another colour. */
+function numbers(label, names, columns, values, digits = 2, alone = false) {
+  const largest = (row) => Math.max(1e-9, ...row.map(Math.abs)), most = Math.max(...values.map(largest));
   const rows = values.map((row, i) => [cell("th", named(names[i])), ...row.map((value) => {
     const one = cell("td", value.toFixed(digits).replace("-", "−"), value < 0 ? "n.below" : "n");
-    one.style.setProperty("--s", Math.abs(value) / most);
+    one.style.setProperty("--s", Math.abs(value) / (alone ? largest(row) : most));
     return one;
   })]);
-  return listing(label, ["", ...columns], rows);
+  return listing(label, ["", ...columns.map((column) => make("th.amount", column, { scope: "col" }))], rows);
 }
 
 function bars(scores) {
@@ -110,15 +110,15 @@ function map(label, names, tell) {
 }
 
 /** A slider over layers. */
-function slider(name, last, start, change) {
-  const value = make("output"), input = make("input", { type: "range", min: 0, max: last, value: start });
+function slider(name, first, last, change) {
+  const value = make("output"), input = make("input", { type: "range", min: first, max: last, value: last });
   const set = (to) => {
     input.value = to;
     value.textContent = to;
     change(to);
   };
   input.addEventListener("input", () => set(Number(input.value)));
-  return { shown: make("label.slider", `${name} `, input, value), set };
+  return { shown: make("label.slider", `${name} `, input, value), set, last: () => set(last) };
 }
 
 const caption = (text) => make("h3", text);
@@ -161,7 +161,7 @@ function tables({ tables: own, tokens: read }) {
   const choice = make("select", ...names.map((name, place) => make("option", `${place} ${visible(name)}`, { value: String(place) })));
   const draw = () => {
     const values = kinds.map((kind) => own.input[kind][choice.value]);
-    sum.replaceChildren(numbers("What adds up", kinds, values[0].map((_, i) => String(i)), values, 4));
+    sum.replaceChildren(numbers("What adds up", kinds, values[0].map((_, i) => String(i)), values, 4, true));
   };
   choice.value = String(Math.min(1, names.length - 1));
   choice.addEventListener("change", draw);
@@ -209,7 +209,7 @@ function architecture({ architecture: own }) {
   rows.push(total(own.trained ? `trained: a head ${shaped(own.trained.shape)} and its bias` : "trained: nothing before a head is fitted", own.trained?.parameters ?? 0));
   return [
     make("p", `${own.type}: ${own.layers} layers, ${own.width} wide (${whole(own.inner)} inside), with ${own.heads} attention heads each; a vocabulary of ${whole(own.vocabulary)} tokens; numbers in ${own.kind}.`),
-    listing("Architecture", ["part", "shapes", "parameters"], rows),
+    listing("Architecture", ["part", "shapes", make("th.amount", "parameters", { scope: "col" })], rows),
   ];
 }
 
@@ -229,9 +229,9 @@ function outputs({ outputs: own, tokens: read }) {
   );
   if (own.cosine) {
     const cosines = map("Cosines of tokens", names, (a, b, value) => `${a} and ${b}: ${value.toFixed(3)}`);
-    const layer = slider("Layer", layers, layers, (to) => cosines.fill(own.cosine[to], `Cosines of tokens behind layer ${to}`));
+    const layer = slider("Layer", 0, layers, (to) => cosines.fill(own.cosine[to], `Cosines of tokens behind layer ${to}`));
     parts.push(caption("How alike tokens are"), note("Cosines of their vectors; layer 0 is what the first layer is given."), layer.shown, cosines.shown);
-    layer.set(layers);
+    layer.last();
   }
   if (own.attention) parts.push(...attention(own.attention, names));
   const steps = own.movement.norm.map((_, layer) => String(layer));
@@ -244,7 +244,7 @@ function outputs({ outputs: own, tokens: read }) {
   );
   if (own.same_words.length) {
     parts.push(
-      caption("The same word in both texts"), note("Cosine of its two vectors behind each layer, each text read by itself: the same row at first, then what its context makes of it."),
+      caption("The same word in both texts"), note("Cosine of its two vectors behind each layer, each text read by itself: one row of the token table, then its place, then its context."),
       numbers("Same words", own.same_words.map(({ word }) => word), steps, own.same_words.map(({ cosine }) => cosine)),
     );
   }
@@ -255,30 +255,30 @@ function attention(maps, names) {
   const large = map("Attention", names, (from, to, value) => `${from} looks at ${to}: ${percent(value)}`);
   const heads = maps[0].length;
   const head = make("select", make("option", "mean of all", { value: "" }), ...maps[0].map((_, place) => make("option", String(place), { value: String(place) })));
-  let at = maps.length - 1;
+  let at = maps.length;
   const fill = () => {
-    const one = head.value === "" ? mean(maps[at]) : maps[at][head.value];
-    large.fill(one, `Attention in layer ${at + 1}, ${head.value === "" ? "mean of its heads" : `head ${head.value}`}`);
+    const one = head.value === "" ? mean(maps[at - 1]) : maps[at - 1][head.value];
+    large.fill(one, `Attention in layer ${at}, ${head.value === "" ? "mean of its heads" : `head ${head.value}`}`);
     small.querySelectorAll("[aria-pressed]").forEach((button) => button.ariaPressed = button.value === `${at} ${head.value}`);
   };
   const small = make("div.maps");
   small.style.setProperty("--heads", heads);
-  const layer = slider("Layer", maps.length - 1, at, (to) => {
+  const layer = slider("Layer", 1, maps.length, (to) => {
     at = to;
     fill();
   });
   maps.forEach((own, depth) => own.forEach((one, place) => {
-    const button = make("button.small-map", { type: "button", value: `${depth} ${place}`, ariaPressed: false, title: `layer ${depth + 1}, head ${place}`, ariaLabel: `layer ${depth + 1}, head ${place}` }, picture(one, "tiny", ""));
+    const button = make("button.small-map", { type: "button", value: `${depth + 1} ${place}`, ariaPressed: false, title: `layer ${depth + 1}, head ${place}`, ariaLabel: `layer ${depth + 1}, head ${place}` }, picture(one, "tiny", ""));
     button.addEventListener("click", () => {
       head.value = String(place);
-      layer.set(depth);
+      layer.set(depth + 1);
     });
     small.append(button);
   }));
   head.addEventListener("change", fill);
-  layer.set(at);
+  layer.last();
   return [
-    caption("Attention"), note("How much of each token (column) goes into which (row); layers are counted from 0 here, the first above the embeddings."),
+    caption("Attention"), note("How much of each token (column) goes into which (row)."),
     make("div.row", layer.shown, make("label", "Head ", head)), large.shown,
     note("All of it: a row a layer, a column a head. Choose one to see it above."), small,
   ];
