@@ -335,7 +335,7 @@ class _Api:
         return Response(self.monitor.text(), media_type="text/plain; version=0.0.4")
 
     async def docs(self, request: Request) -> Response:
-        return _page(schemas.page(request.app.openapi()))
+        return _page(schemas.page(request.app.openapi(), str(request.base_url).rstrip("/")))
 
     async def page(self) -> Response:
         return _page(_asset("index.html"))

@@ -417,6 +417,7 @@ def load(checkpoint: Checkpoint, attention: str = "") -> tuple[Any, _Facts]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what a checkpoint has beyond the encoder is no news, what it lacks is told below
     try:
         model, info = AutoModel.from_pretrained(
             checkpoint.folder,

@@ -47,10 +47,6 @@ _ABOUT = {
 }
 SECTIONS = tuple(_ABOUT)
 OF_TEXTS = tuple(name for name in SECTIONS if name != "prediction")  # what needs no bundle
-_LACKS = {  # tables that some models have not
-    "position": "This model has no table of positions: its attention itself knows how far apart tokens are.",
-    "type": "This model has no table of token types.",
-}
 
 Found = dict[str, Any]
 Floats = NDArray[np.float32]
@@ -257,7 +253,8 @@ class Explorer:
                 found[kind] = {"name": name, "shape": list(shape), "values": first[:, : dims or None]}
             else:
                 found[kind] = None
-                read.notes.append(_LACKS[kind])
+                if kind == "position":
+                    read.notes.append("This model has no table of positions: its attention knows how far tokens lie.")
         found["input"] = _input(passage, dims)
         found["neighbours"] = self._neighbours(read, found["token"]["name"])
         found["positions"] = self._positions(found["position"]["name"]) if found["position"] else None

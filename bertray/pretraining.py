@@ -71,6 +71,7 @@ def _model(checkpoint: Checkpoint, can: Tasks) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     kind = AutoModelForMaskedLM
     if can.follows:
         kind = AutoModelForPreTraining if can.fills else AutoModelForNextSentencePrediction

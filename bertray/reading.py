@@ -9,6 +9,7 @@ import numpy as np
 from bertray.tokens import stripped
 
 _MASK = "[MASK]"
+_SPACES = ("\u0120", "\u2581")  # of byte-level and SentencePiece tokenizers
 
 Found = dict[str, Any]
 
@@ -51,6 +52,8 @@ def read(tokenizer: Any, texts: Sequence[str], limit: int, typed: bool, first: i
         notes.append("This model has no token types: separators alone tell the texts of a pair apart.")
     encoding, ids = encoded.encodings[0], list(encoded.input_ids)
     types = list(encoding.type_ids) if typed else [0] * len(ids)
+    if sign := next((sign for sign in _SPACES if any(sign in token for token in encoding.tokens)), ""):
+        notes.append(f"In tokens {sign} stands for the space before a word.")
     tokens = [
         {
             "place": place,

@@ -410,11 +410,14 @@ def describe(app: FastAPI, keyed: bool) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def page(openapi: dict[str, Any]) -> bytes:
-    """/docs: what /openapi.json tells, for people."""
+def page(openapi: dict[str, Any], address: str) -> bytes:
+    """/docs: what /openapi.json tells, for people who have come to that address."""
     from jinja2 import Environment
 
     text = (resources.files("bertray") / "templates" / "docs.html").read_text()
     return (
-        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(text).render(**openapi).encode()
+        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        .from_string(text)
+        .render(address=address, **openapi)
+        .encode()
     )
