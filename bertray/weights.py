@@ -4,7 +4,6 @@ Names are those of transformers' models today: `gamma` and `beta` of layer norms
 `weight` and `bias`.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 
 from bertray.errors import CheckpointError
 
-_FLOATS = re.compile(r"B?F\d+|torch\.b?float\d+")
+_KINDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors says it, and torch
 _OLD = {"gamma": "weight", "beta": "bias"}
 _BLOCK = 8192  # rows at once
 
@@ -22,7 +21,7 @@ class Weights:
     """What the files of a checkpoint hold.
 
     shapes: of each weight; numbers that are no weights, such as positions counted up, are left out.
-    kind: of its numbers, such as F32.
+    kind: of its numbers, such as float32.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -40,11 +39,11 @@ class Weights:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.kind = ""
         for name, part, shape, kind in found:
-            if _FLOATS.fullmatch(kind):
+            if kind in _KINDS.values():
                 start, dot, last = name.rpartition(".")
                 name = start + dot + _OLD.get(last, last)
                 self._parts[name], self.shapes[name] = part, shape
-                self.kind = self.kind or kind.removeprefix("torch.")
+                self.kind = self.kind or kind
 
     def name(self, ending: str) -> str:
         """The name of the weight that ends so, whatever model it is part of; empty if there is none."""
@@ -78,8 +77,8 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Any, tuple[int, ...], str]]:
             opened = safe_open(file, "pt")
             for name in opened.keys():  # noqa: SIM118 - it is no dict
                 part = opened.get_slice(name)
-                yield name, part, tuple(part.get_shape()), part.get_dtype()
+                yield name, part, tuple(part.get_shape()), _KINDS.get(part.get_dtype(), "")
         return
     for file in sorted(folder.glob("pytorch_model*.bin")):
         for name, tensor in torch.load(file, map_location="cpu", mmap=True, weights_only=True).items():
-            yield name, tensor, tuple(tensor.shape), str(tensor.dtype)
+            yield name, tensor, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")

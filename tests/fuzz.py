@@ -45,7 +45,8 @@ _HEADERS = [
 _METHODS = ["HEAD", "OPTIONS", "TRACE", "PATCH", "PUT", "DELETE", "LINK", "PROPFIND", "M-SEARCH", "GET", "QUERY"]
 _PATHS = [
     "/", "/predict", "/embed", "/v1/embeddings", "/v1/models", "/v1/heads", "/v1/heads/mood", "/v1/heads/mood/predict",
-    "/v1/heads/mood/explain", "/health", "/ready", "/info", "/metrics", "/docs", "/openapi.json", "/static/app.js",
+    "/v1/heads/mood/explain", "/health", "/ready", "/info", "/metrics", "/docs", "/openapi.json",
+    "/static/app.js", "/v1/explore",
 ]  # fmt: skip
 _LOST = [
     "/v1/heads/nobody/predict", "/v1/heads/%00/predict", "/v1/heads/%ff%fe/explain", "/v1/heads/..%2f..%2fetc/predict",
