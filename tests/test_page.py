@@ -694,3 +694,139 @@ def test_a_key_is_asked_for_and_kept_for_the_session(visit):
     assert not page.is_visible("#key")
     assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
     page.unroute(re.compile(r"/(v1/|info)"))
+
+
+# --- look inside ---
+
+FITS = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+
+
+def look(page, first, second=""):
+    page.check("#tab-inside")
+    page.fill("#inside-first", first)
+    page.fill("#inside-second", second)
+    page.click("#look")
+    page.wait_for_selector("#part-pretraining")
+    return page.locator("#explored")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_encoder_is_looked_into(visit, address, width):
+    page = visit(viewport={"width": width, "height": 844}, has_touch=width < 500, is_mobile=width < 500)
+    texts = ["I sat on the bank of the river", "The bank gave me <b>money</b> 😀"]
+    found = look(page, *texts)
+    expected = asked_of(f"{address}v1/explore", texts)
+    assert page.evaluate(FITS)
+    assert not page.is_visible("#texts") and not page.is_visible("#file")
+    chips = [text.split("\n") for text in found.locator(".chip").all_inner_texts()]
+    assert chips == [[token["token"], str(token["id"])] for token in expected["tokens"]["tokens"]]
+    assert [heading.lower() for heading in found.locator("h2").all_inner_texts()] == [
+        "tokens",
+        "embedding tables",
+        "architecture",
+        "outputs",
+        "pretraining tasks",
+    ]
+    shape = expected["outputs"]["last_hidden_state"]["shape"]
+    assert f"last_hidden_state [{', '.join(map(str, shape))}]" in found.locator("h3").all_inner_texts()
+    row = (
+        found.get_by_role("region", name="last_hidden_state").locator("tbody tr").nth(3).locator("td").all_inner_texts()
+    )
+    assert [float(cell.replace("\u2212", "-")) for cell in row] == pytest.approx(
+        expected["outputs"]["last_hidden_state"]["values"][3], abs=0.006
+    )
+    assert found.locator("b:not(p > b), img").count() == 0  # texts stay texts
+    page.check("#tab-texts")
+    assert page.is_visible("#texts") and not page.is_visible("#inside")
+
+
+def test_maps_are_read_by_keyboard_and_by_touch(visit, address):
+    page = visit()
+    text = "the river bank"
+    found = look(page, text)
+    outputs = asked_of(f"{address}v1/explore", text)["outputs"]
+    cosines, attention = found.locator(".map").first, found.locator(".map").nth(1)
+    cosines.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowRight")
+    expect(found.locator(".told").first).to_have_text(f"the and river: {outputs['cosine'][-1][1][2]:.3f}")
+    layer = found.locator("input[type=range]").first
+    layer.focus()
+    page.keyboard.press("Home")
+    expect(found.locator(".told").first).to_have_text(f"the and river: {outputs['cosine'][0][1][2]:.3f}")
+    assert cosines.get_attribute("aria-label") == "Cosines of tokens behind layer 0"
+
+    small = found.locator(".small-map")
+    assert small.count() == 6 * 12
+    small.nth(2 * 12 + 5).click()
+    assert small.nth(2 * 12 + 5).get_attribute("aria-pressed") == "true"
+    assert attention.get_attribute("aria-label") == "Attention in layer 3, head 5"
+    box = attention.locator("g rect").nth(2 * 5 + 1).bounding_box()  # row 2, column 1
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    share = 100 * outputs["attention"][2][5][2][1]
+    expect(found.locator(".told").nth(1)).to_have_text(f"river looks at the: {share:.1f} %")
+    shown = found.locator(".map g rect").nth(25 + 2 * 5 + 1).get_attribute("fill-opacity")
+    assert float(shown) == pytest.approx(share / 100, abs=0.001)
+
+
+def test_looking_inside_says_what_is_wrong(visit):
+    page = visit()
+    page.check("#tab-inside")
+    page.fill("#inside-first", "x" * 100_001)
+    page.click("#look")
+    expect(page.locator("#inside .status.bad")).to_contain_text("At most 100000 characters")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_is_inside_is_readable(visit, scheme):
+    page = visit(color_scheme=scheme)
+    look(page, "I sat on the bank 😀", "The bank gave me money")
+    for what in (
+        ".chip bdi",
+        ".chip small",
+        ".about",
+        ".part .small",
+        ".part td",
+        ".part thead th",
+        ".part h3",
+        ".slider",
+    ):
+        for i in range(min(60, page.locator(what).count())):
+            ink, behind = page.locator(what).nth(i).evaluate(_COLOURS)
+            lights = sorted((_light(page, ink), _light(page, behind)))
+            assert (lights[1] + 0.05) / (lights[0] + 0.05) >= 4.5, (what, i)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_of_explore_needs_nothing_else(browser, demo, tmp_path, width):
+    from bertray.display import page as page_of
+    from bertray.explorer import explore, plain
+
+    text = "What a wonderful </script><img src=x onerror=document.title='owned'> day 😀"
+    found = plain(explore(text, bundle=demo["bundle"]))
+    (tmp_path / "page.html").write_bytes(page_of(found))
+    context = browser.new_context(viewport={"width": width, "height": 844})
+    page, wrong = context.new_page(), []
+    page.on("request", lambda request: request.url.startswith(("file:", "data:")) or wrong.append(request.url))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: wrong.append(message.text))
+    page.goto((tmp_path / "page.html").as_uri())
+    page.wait_for_selector("#part-prediction")
+    assert wrong == [] and page.title() == "bertray explore"
+    assert page.evaluate(FITS) and page.locator("img").count() == 0
+    assert page.locator(".text").first.inner_text() == text
+    told = found["prediction"]
+    assert page.locator(".part .named").inner_text() == told["label"]
+    assert page.locator(".bars li").count() >= 3
+    words = page.locator(".part .text .w").all_inner_texts()
+    assert words == [word["text"] for word in told["words"]]
+    nearest = page.get_by_role("region", name="Nearest training texts").locator("tbody tr")
+    assert nearest.count() == 5 and told["nearest"][0]["text"] in nearest.first.inner_text()
+    context.close()
+
+
+def test_what_draws_the_inside_is_small():
+    files = [STATIC / name for name in ("explore.js", "inside.js", "explore.css")]
+    assert sum(file.stat().st_size for file in files) < 32 * 1024
+    assert not re.search(r'(src|href)="(/|http)|["`]/v1|innerHTML', "".join(file.read_text("utf-8") for file in files))
