@@ -1,6 +1,7 @@
 """What explore found, for people: text of 80 columns that needs no colour, or one page. Knows nothing of models."""
 
 import json
+import re
 import textwrap
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,16 +45,17 @@ def vocabulary_lines(found: Found) -> Iterator[str]:
 
 def page(plain: Found) -> bytes:
     """One self-contained HTML page of what `explore` found, as lists: the page of `bertray serve` draws it too."""
-    own = resources.files("bertray")
-    parts = {
-        "STYLE": [own / "static" / "style.css", own / "static" / "explore.css"],
-        "CODE": [own / "static" / "explore.js"],
-    }
-    text = (own / "templates" / "explore.html").read_text(encoding="utf-8")
-    for mark, files in parts.items():
-        text = text.replace(f"<!--{mark}-->", "".join(file.read_text(encoding="utf-8") for file in files), 1)
+
+    def read(*path: str) -> str:
+        return resources.files("bertray").joinpath(*path).read_text(encoding="utf-8")
+
+    style = read("static", "style.css") + read("static", "explore.css")
+    code = "".join(re.sub("^import .*\n", "", read("static", name), flags=re.M) for name in ("make.js", "explore.js"))
     data = json.dumps(plain, ensure_ascii=False).replace("<", "\\u003c")  # a text may hold </script>
-    return text.replace("<!--DATA-->", data, 1).encode()
+    text = read("templates", "explore.html")
+    for mark, part in (("STYLE", style), ("CODE", code), ("DATA", data)):
+        text = text.replace(f"<!--{mark}-->", part, 1)
+    return text.encode()
 
 
 # --- sections ---------------------------------------------------------------------------------------------

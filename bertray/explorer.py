@@ -199,7 +199,7 @@ class Explorer:
             "model": self.checkpoint.name,
             "texts": [text] if pair is None else [text, pair],
             "notes": read.notes,
-            "about": {name: _ABOUT[name] for name in sections},
+            "about": {},
         }
         if not self.checkpoint.has_weights:
             read.notes.append(f"{self.checkpoint.folder} holds no weights: only its tokenizer is looked at.")
@@ -221,6 +221,8 @@ class Explorer:
                 found[name] = self._pretraining(read, pair is not None)
             elif bundle is not None:
                 found[name] = self._reasons(bundle, url, text, pair)
+            if name in found:
+                found["about"][name] = _ABOUT[name]
         return found
 
     def _read(self, text: str, pair: str | None, limit: int = 0) -> "Reading":

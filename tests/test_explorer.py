@@ -492,7 +492,7 @@ def test_long_texts_have_no_maps_and_say_so():
 def test_the_form_of_the_answer_is_stable(seen):
     """What programs that read --json rely on."""
     found = seen[0]
-    assert list(found) == ["model", "texts", "notes", "about", *OF_TEXTS]
+    assert list(found) == ["model", "texts", "notes", "about", *OF_TEXTS] and list(found["about"]) == [*OF_TEXTS]
     assert {name: sorted(found[name]) for name in OF_TEXTS} == {
         "tokens": ["changed", "count", "dropped", "kept", "limit", "tokens", "unknown", "words"],
         "tables": ["input", "neighbours", "position", "positions", "token", "type"],

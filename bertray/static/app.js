@@ -1,4 +1,6 @@
-// The page: texts or a file in, a head's answers out. What people wrote is shown as text alone, never as HTML.
+// The page: texts or a file in, a head's answers out. What people wrote is shown as text alone.
+import { make } from "./make.js";
+
 const MAX_ROWS = 5000, CHUNK = 64, IN_FLIGHT = 2, TRIES = 30, SHOWN = 6;
 const $ = (id) => document.getElementById(id);
 const stored = (use) => {
@@ -10,17 +12,6 @@ const stored = (use) => {
 };
 const now = { heads: [], head: null, limits: {}, key: stored((storage) => storage.getItem("bertray-key")), table: null, job: null, asking: null };
 
-/** An element `p.small` of its children and properties. Text stays text. */
-const make = (kind, ...parts) => {
-  const [tag, ...classes] = kind.split(".");
-  const element = document.createElement(tag);
-  element.className = classes.join(" ");
-  for (const part of parts) {
-    if (typeof part === "string" || part instanceof Node) element.append(part);
-    else Object.assign(element, part);
-  }
-  return element;
-};
 const whole = (n) => n.toLocaleString("en");
 const count = (n, noun) => `${whole(n)} ${noun}${n === 1 ? "" : "s"}`;
 const percent = (p) => `${(100 * p).toFixed(1)} %`;

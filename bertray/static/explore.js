@@ -1,4 +1,6 @@
 // Draws what BERT sees (POST /v1/explore, or `bertray explore --html`). What people wrote is shown as text alone.
+import { make } from "./make.js";
+
 const SVG = "http://www.w3.org/2000/svg", CELL = 18, LABELS = 96;
 const TITLES = {
   tokens: "Tokens", tables: "Embedding tables", architecture: "Architecture",
@@ -6,17 +8,6 @@ const TITLES = {
 };
 const KINDS = ["token", "position", "type"];
 
-/** An element `p.small` of its children and properties. Text stays text. */
-export function make(kind, ...parts) {
-  const [tag, ...classes] = kind.split(".");
-  const element = document.createElement(tag);
-  element.className = classes.join(" ");
-  for (const part of parts) {
-    if (typeof part === "string" || part instanceof Node) element.append(part);
-    else Object.assign(element, part);
-  }
-  return element;
-}
 const drawn = (tag, attributes, ...parts) => {
   const element = document.createElementNS(SVG, tag);
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);

@@ -1,6 +1,7 @@
 // The tab "Look inside": a text, or two, as the encoder sees them. A tab of its own, loaded behind the others.
 import { call } from "./app.js";
-import { make, show } from "./explore.js";
+import { show } from "./explore.js";
+import { make } from "./make.js";
 
 const field = (id, label, rows) => {
   const area = make("textarea", { id, rows, dir: "auto" });
