@@ -225,7 +225,7 @@ def _add_explore(commands: Any, common: argparse.ArgumentParser) -> None:
         help="some sections alone: tokens, tables, architecture, outputs, pretraining, prediction",
     )
     command.add_argument(
-        "--dims", type=int, default=10, metavar="N", help="first numbers of vectors to give; 0 for all"
+        "--dims", type=int, default=10, metavar="N", help="first numbers of vectors in --json and --html; 0 for all"
     )
     command.add_argument("--html", default="", metavar="FILE", help="write a page with all maps instead")
     command.set_defaults(action=_explore)
@@ -354,6 +354,8 @@ def _explore(options: argparse.Namespace) -> dict[str, Any]:
     from bertray import display, explorer
 
     if options.ids:
+        if options.text is not None or options.bundle or options.show or options.html:
+            raise BertrayError("--ids goes with --model and --json alone: it tells tokens, and looks at no text.")
         found = explorer.vocabulary(_numbers(options.ids), model=options.model)
         lines = display.vocabulary_lines(found)
     elif options.text is None:
@@ -378,7 +380,9 @@ def _explore(options: argparse.Namespace) -> dict[str, Any]:
 
 def _numbers(given: str) -> list[int]:
     try:
-        return [int(number) for number in given.replace(",", " ").split()]
+        if numbers := [int(number) for number in given.replace(",", " ").split()]:
+            return numbers
+        raise ValueError
     except ValueError:
         raise BertrayError(f"--ids must be numbers with commas between, such as 101,102. Got {given!r:.60}.") from None
 

@@ -40,7 +40,7 @@ def lines(found: Found) -> Iterator[str]:
 def vocabulary_lines(found: Found) -> Iterator[str]:
     """The lines of ids and their tokens."""
     for token in found["ids"]:
-        yield f"{token['id']:>8}  {_clean(token['token'])}"
+        yield _cut(f"{token['id']:>8}  {_clean(token['token'])}")
 
 
 def page(plain: Found) -> bytes:
@@ -74,7 +74,7 @@ def _tokens(tokens: Found, found: Found) -> Iterator[str]:
             f"{token['mask']:>4}  {token['position']:>8}  {span}"
         ).rstrip()
     several = [word for word in tokens["words"] if len(word["pieces"]) > 1]
-    yield from _listed("In pieces", [f"{_clean(word['read_as'])} = {' '.join(word['pieces'])}" for word in several])
+    yield from _listed("In pieces", [_clean(f"{word['read_as']} = {' '.join(word['pieces'])}") for word in several])
     changed = [f"{_clean(word['text'])} as {_clean(word['read_as'])}" for word in tokens["changed"]]
     yield from _listed("Read otherwise", changed)
     yield from _listed("Not in the vocabulary", [_clean(word["text"]) for word in tokens["unknown"]])
@@ -85,15 +85,15 @@ def _tables(tables: Found, found: Found) -> Iterator[str]:
     for kind in ("token", "position", "type"):
         if table := tables[kind]:
             yield ""
-            yield f"{kind} table {table['shape']}: {table['name']}"
+            yield _cut(f"{kind} table {table['shape']}: {table['name']}, first numbers")
             for row, values in enumerate(table["values"]):
                 yield _numbers(f"  row {row}", values, "{:>9.4f}", 7)
-    names = found.get("tokens", {}).get("tokens") or [{"token": str(place)} for place in range(WIDTH)]
     given = tables["input"]
+    names = found.get("tokens", {}).get("tokens") or [{"token": str(place)} for place in range(len(given["sum"]))]
     kinds = [kind for kind in ("token", "position", "type", "sum", "normalized") if kind in given]
     place = min(1, len(given["sum"]) - 1)
     yield ""
-    yield f"What the first layer is given for {_clean(names[place]['token'])}, and how it comes about:"
+    yield from _wrapped(f"How they add up for {_clean(names[place]['token'])}, first numbers:")
     signs = {kind: "+" for kind in kinds} | {kinds[0]: " ", "sum": "=", "normalized": ">"}
     for kind in kinds:
         yield _numbers(f"  {signs[kind]} {kind}", given[kind][place], "{:>9.4f}", 6, 16)
@@ -147,12 +147,12 @@ def _outputs(outputs: Found, found: Found) -> Iterator[str]:
     values = outputs["last_hidden_state"]["values"]
     names = [_clean(token["token"]) for token in tokens] if tokens else list(map(str, range(len(values))))
     yield ""
-    yield f"last_hidden_state {outputs['last_hidden_state']['shape']}"
+    yield f"last_hidden_state {outputs['last_hidden_state']['shape']}, first numbers of each token's vector"
     for row in _some(list(range(len(values)))):
         yield row if isinstance(row, str) else _numbers(_fit(names[row], _LABEL), values[row], "{:>6.2f}", 11, _LABEL)
     yield ""
     if pooled := outputs["pooler_output"]:
-        yield f"pooler_output {pooled['shape']}: tanh(dense({names[0]}))"
+        yield _cut(f"pooler_output {pooled['shape']}: tanh(dense({names[0]})), first numbers")
         yield _numbers("", pooled["values"], "{:>8.4f}", 9, 0)
         yield ""
     yield f"{'pooled by':<{_LABEL}}{'norm':>8}   first numbers"
@@ -164,7 +164,7 @@ def _outputs(outputs: Found, found: Found) -> Iterator[str]:
     if outputs["attention"] is not None and len(names) <= _SQUARE:
         title = "Attention in the last layer, mean of its heads, in percent: from each row to its columns"
         yield from _square(title, outputs["attention"][-1].mean(0), names)
-    if len(names) > _SQUARE:
+    if len(names) > _SQUARE and outputs["cosine"] is not None:
         yield ""
         yield from _wrapped("Maps of token by token are on the page (--html FILE).")
     yield from _movement(outputs["movement"], names)
@@ -203,21 +203,25 @@ def _pretraining(tasks: Found, found: Found) -> Iterator[str]:
 
 
 def _prediction(prediction: Found, found: Found) -> Iterator[str]:
-    label = prediction["label"]
     yield ""
-    yield from _wrapped(f"{prediction['bundle']}: {'unsure' if label is None else _clean(str(label))}")
+    yield from _wrapped(f"{prediction['bundle']}: {_clean(prediction['told'])}")
     if prediction["why_not"]:
         yield from _wrapped(prediction["why_not"])
         return
-    for score in prediction["scores"][:_MOST]:
-        probable = 0 <= score["score"] <= 1
-        yield f"  {_fit(score['label'], 24)} {_bar(score['score']) if probable else format(score['score'], '.4f')}"
+    for score in _some(prediction["scores"]):
+        if isinstance(score, str):
+            yield score
+        elif prediction["problem"] == "regression":
+            yield f"  {_fit(score['label'], 24)} {score['score']:.4f}"
+        else:
+            yield f"  {_fit(score['label'], 24)} {_bar(score['score'])}"
+    label = _clean(prediction["explained"])
     for title, name, key in (
-        (f"By how much {_clean(prediction['explained'])} falls without each word (occlusion)", "words", "text"),
-        (f"What each token gives {_clean(prediction['explained'])} (gradient times input)", "tokens", "token"),
+        (f"By how much {label} falls without each word (occlusion)", "words", "text"),
+        (f"What each token gives {label} (gradient times input)", "tokens", "token"),
     ):
         yield ""
-        yield title
+        yield from _wrapped(title)
         yield from _signed(prediction[name], key)
     yield ""
     if prediction["why_no_nearest"]:

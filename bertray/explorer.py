@@ -3,7 +3,8 @@
 All of it is plain data, for the terminal, JSON and the page alike. Knows nothing of how it is shown.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +13,19 @@ from numpy.typing import NDArray
 
 from bertray import anatomy, checkpoints
 from bertray.checkpoints import Checkpoint
-from bertray.errors import BertrayError
+from bertray.errors import BertrayError, CheckpointError
 from bertray.spec import Encoder as EncoderSpec
 
 if TYPE_CHECKING:
     import torch
 
     from bertray.bundle import Bundle
-    from bertray.forward import Passage
+    from bertray.forward import Layers, Passage
+    from bertray.pretraining import Heads
     from bertray.reading import Reading
-    from bertray.weights import Weights
 
 MOST_MAPPED = 64  # tokens of a text that maps of token by token are made of
+_MOST_READ = 512  # tokens, of models that can read thousands
 _NEIGHBOURS = 5  # of a token in its table
 _CANDIDATES = 5  # for a masked word
 _ROWS = 3  # of a table
@@ -37,13 +39,14 @@ _ABOUT = {
     "architecture": "What the checkpoint consists of. Each layer lets tokens look at one another (attention), and then "
     "works on each by itself (two dense layers). All of it is frozen; only a linear head on top is trained.",
     "outputs": "Behind each layer every token has a vector, and by now it knows its context. last_hidden_state holds "
-    "those of the last layer. pooler_output is one more dense layer and tanh over the vector of the first token, "
-    "[CLS]; it is no layer norm, and was trained with the pretraining task alone. To get one vector a text, those "
-    "of its tokens are pooled.",
+    "those of the last layer. pooler_output, where there is one, is one more dense layer and tanh over the vector of "
+    "the first token, [CLS]; it is no layer norm. BERT had it to tell whether a sentence follows another. To get one "
+    "vector a text, those of its tokens are pooled.",
     "pretraining": "BERT learned from plain text: to fill words that were masked, and (the first BERT) to tell whether "
     "a sentence follows another.",
     "prediction": "Why the head answers so. Occlusion: by how much the label's score falls without the word. Gradient "
-    "times input: how much a token's embedding, taken by itself, raises the label's logit; the two need not agree.",
+    "times input: how fast the label's logit grows with the token's embedding, as if it went on in a straight line; "
+    "the two need not agree.",
 }
 SECTIONS = tuple(_ABOUT)
 OF_TEXTS = tuple(name for name in SECTIONS if name != "prediction")  # what needs no bundle
@@ -68,18 +71,19 @@ def explore(
 
     model, texts, notes, about: whose eyes; what was looked at; in sentences what the model lacks or was left out, and
         what each section is about.
-    tokens: `tokens` (place, token, id, type, mask, position, text, start, stop, special, unknown), `words` (text, of,
-        start, stop, places, pieces, read_as), `changed` (words that the tokenizer reads as others), `unknown`,
-        `dropped` (characters that no token stands for), `count` and `kept` (tokens with and without what was cut).
+    tokens: `tokens` (place, token, id, type, mask, position, of (which text), start, stop, special, unknown), `words`
+        (text, of, start, stop, places, pieces, read_as, unknown), `changed` (words that the tokenizer reads as others),
+        `unknown`, `dropped` (characters that no token stands for), `count` and `kept` (tokens with and without what
+        was cut), `limit` (of tokens).
     tables: `token`, `position`, `type` (name, shape, values: the first rows [3, d]) or None; `input`: for each token
         what they add up to (token, position, type, sum, normalized, each [T, d], and norms of each [T]); `neighbours`
         of each token; `positions`: places, and the cosines between them, or None.
     architecture: type, layers, heads, width, inner, vocabulary, kind, parameters, frozen, trained, and `tree`: its
         lines (name, depth, shapes, parameters, times).
     outputs: last_hidden_state (shape, values [T, d]), pooler_output (shape, values [d]) or None, poolings (name,
-        values [d], norm), cosine [L + 1, T, T] and attention [L, heads, T, T] (None over 64 tokens), movement (norm
-        [L + 1, T], and cosines from_previous [L, T] and from_first [L + 1, T]), same_words (word, first, second,
-        cosine [L + 1]).
+        values [d], norm), cosine [L + 1, T, T] and attention [L, heads, T, T] (None over 64 tokens; attention also
+        where the encoder does not tell it), movement (norm [L + 1, T], and cosines from_previous [L, T] and
+        from_first [L + 1, T]), same_words (word, first, second, cosine [L + 1]).
     pretraining: `masked` (why_not, fills) and `follows` (why_not, probability).
     prediction: with a bundle, as `reasons.reasons`.
 
@@ -96,6 +100,8 @@ def explore(
     """
     sections = _checked(text, pair, show, dims)
     if not bundle:
+        if "prediction" in show:
+            raise BertrayError("A prediction is explained of a bundle, and there is none (--bundle FOLDER).")
         return Explorer(_checkpoint(model)).look(text, pair, sections, dims)
     from bertray import bundle as bundles
     from bertray.predict import checkpoint_of
@@ -103,8 +109,9 @@ def explore(
     fitted = bundles.load(bundle)
     if fitted.pairs != (pair is not None):
         raise BertrayError(f"{bundle} takes {'two texts' if fitted.pairs else 'one text'}.")
-    encoder = {**fitted.encoder, "model": model} if model else fitted.encoder
-    return Explorer(checkpoint_of(encoder)).look(text, pair, sections, dims, fitted, bundle)
+    if model:  # where it lies now
+        fitted = replace(fitted, encoder={**fitted.encoder, "model": model})
+    return Explorer(checkpoint_of(fitted.encoder)).look(text, pair, sections, dims, fitted, bundle)
 
 
 def vocabulary(ids: Sequence[int], *, model: str = "") -> Found:
@@ -114,6 +121,8 @@ def vocabulary(ids: Sequence[int], *, model: str = "") -> Found:
         CheckpointError: there is no such model.
         BertrayError: there is no such token.
     """
+    from bertray.reading import named
+
     explorer = Explorer(_checkpoint(model))
     tokenizer = explorer.tokenizer
     for number in ids:
@@ -123,19 +132,19 @@ def vocabulary(ids: Sequence[int], *, model: str = "") -> Found:
             )
     return {
         "model": explorer.checkpoint.name,
-        "ids": [{"id": number, "token": tokenizer.convert_ids_to_tokens(number)} for number in ids],
+        "ids": [{"id": number, "token": named(tokenizer, number)} for number in ids],
         "text": tokenizer.decode(list(ids)),
     }
 
 
 def plain(found: Any) -> Any:
-    """The same with lists for arrays and at most six decimals, for JSON."""
+    """The same with lists for arrays, and at most six decimals (in maps of token by token four), for JSON."""
     if isinstance(found, Mapping):
         return {name: plain(value) for name, value in found.items()}
     if isinstance(found, list | tuple):
         return [plain(value) for value in found]
     if isinstance(found, np.ndarray):
-        return np.round(found.astype(np.float64), 6).tolist()
+        return np.round(found.astype(np.float64), 4 if found.ndim > 2 else 6).tolist()
     return round(found, 6) if isinstance(found, float) else found
 
 
@@ -173,16 +182,16 @@ class Explorer:
         return load(self.checkpoint.folder)
 
     @cached_property
-    def _config(self) -> Any:
-        from bertray.forward import config_of
+    def _layers(self) -> "Layers":
+        from bertray.forward import Layers
 
-        return config_of(self.checkpoint)
+        return Layers(self.checkpoint)
 
     @cached_property
-    def _weights(self) -> "Weights":
-        from bertray.weights import Weights
+    def _heads(self) -> "Heads":
+        from bertray.pretraining import Heads
 
-        return Weights(self.checkpoint.folder)
+        return Heads(self.checkpoint, self._layers.weights, self._layers.config.model_type)
 
     def look(
         self,
@@ -194,69 +203,88 @@ class Explorer:
         url: str = "",
     ) -> Found:
         """As `explore`."""
-        read = self._read(text, pair, int(bundle.encoder["max_length"]) if bundle else 0)
-        found: Found = {
-            "model": self.checkpoint.name,
-            "texts": [text] if pair is None else [text, pair],
-            "notes": read.notes,
-            "about": {},
-        }
         if not self.checkpoint.has_weights:
-            read.notes.append(f"{self.checkpoint.folder} holds no weights: only its tokenizer is looked at.")
-            sections = [name for name in sections if name == "tokens"]
+            if "tokens" not in sections:
+                raise CheckpointError(f"{self.checkpoint.folder} holds no weights, but a tokenizer: show tokens alone.")
+            sections = ["tokens"]
+        read = self._read(text, pair, bundle)
         passage = None
         if {"tables", "outputs"} & {*sections}:
             passage = self._passage(read, keep=len(read.ids) <= MOST_MAPPED)
+        shown: Found = {}
         for name in sections:
             if name == "tokens":
-                found[name] = read.found
+                shown[name] = read.found
             elif name == "tables" and passage:
-                found[name] = self._tables(read, passage, dims)
+                shown[name] = self._tables(read, passage, dims)
             elif name == "architecture":
-                found[name] = self._architecture(bundle)
+                shown[name] = self._architecture(bundle)
             elif name == "outputs" and passage:
-                found[name] = _outputs(read, passage, dims)
-                found[name]["same_words"] = [] if pair is None else self._same_words(text, pair)
+                same = [] if pair is None else self._same_words(text, pair)
+                shown[name] = _outputs(passage, dims) | {"same_words": same}
             elif name == "pretraining":
-                found[name] = self._pretraining(read, pair is not None)
-            elif bundle is not None:
-                found[name] = self._reasons(bundle, url, text, pair)
-            if name in found:
-                found["about"][name] = _ABOUT[name]
-        return found
+                shown[name] = self._pretraining(read, pair is not None)
+            elif name == "prediction" and bundle:
+                shown[name] = self._reasons(bundle, url, text, pair)
+        return {
+            "model": self.checkpoint.name,
+            "texts": [text] if pair is None else [text, pair],
+            "notes": [*read.notes, *self._notes(read, passage, shown, bundle)],
+            "about": {name: _ABOUT[name] for name in shown},
+            **shown,
+        }
 
-    def _read(self, text: str, pair: str | None, limit: int = 0) -> "Reading":
-        """A text or a pair as tokens: so many at most, or as many as the model can read."""
-        from bertray.forward import first_position
+    def _notes(
+        self, read: "Reading", passage: "Passage | None", shown: Found, bundle: "Bundle | None"
+    ) -> Iterator[str]:
+        """What the model lacks, and what of a text is not shown."""
+        from bertray.forward import TESTED
+
+        family = self._layers.config.model_type
+        if not self.checkpoint.has_weights:
+            yield f"{self.checkpoint.folder} holds no weights: only its tokenizer is looked at."
+        elif family not in TESTED:
+            yield f"Nobody has held what is shown of a {family} against what it does: its tables may add up otherwise."
+        if bundle and bundle.siamese:
+            yield "This head reads its two texts apart; here they are shown as the encoder would read them together."
+        if bundle and read.cut and bundle.encoder["truncation"] == "window":
+            yield "This head reads all of the text, in windows; here, and for gradients, it is the first of them."
+        if "tables" in shown and not shown["tables"]["position"]:
+            yield "This model has no table of positions: its attention knows how far apart tokens are."
+        if passage and passage.normalized.shape != passage.states[0].shape:
+            widths = [part.shape[1] for part in (passage.normalized, passage.states[0])]
+            yield f"Embeddings are {widths[0]} wide here, and projected to {widths[1]} before the first layer."
+        if "outputs" in shown:
+            outputs, count = shown["outputs"], len(read.ids)
+            if outputs["pooler_output"] is None:
+                yield "This checkpoint has no trained pooler, and so no pooler_output."
+            if count > MOST_MAPPED:
+                yield f"Maps of token by token are made for up to {MOST_MAPPED} tokens; here are {count:,}."
+            elif outputs["attention"] is None:
+                yield "This encoder does not tell its attention."
+
+    def _read(self, text: str, pair: str | None, bundle: "Bundle | None" = None) -> "Reading":
+        """A text or a pair as tokens: as many as a bundle reads at most, or as the model can."""
         from bertray.reading import read
 
-        first = first_position(self._config)
-        positions = getattr(self._config, "max_position_embeddings", None)
-        limit = limit or (int(positions) - first if positions else EncoderSpec().max_length)
-        typed = (getattr(self._config, "type_vocab_size", 0) or 0) > 1
-        return read(self.tokenizer, [text] if pair is None else [text, pair], limit, typed, first)
+        layers = self._layers
+        limit = int(bundle.encoder["max_length"]) if bundle else min(layers.limit or _MOST_READ, _MOST_READ)
+        return read(self.tokenizer, [text] if pair is None else [text, pair], limit, layers.typed, layers.positions)
 
     def _passage(self, read: "Reading", keep: bool, gradient: bool = False) -> "Passage":
-        from bertray.forward import passage
-
-        return passage(self.checkpoint, self._config, self._weights, read.ids, read.types, keep, gradient)
+        return self._layers.passage(read.ids, read.types, keep, gradient)
 
     # --- tables -------------------------------------------------------------------------------------------
 
     def _tables(self, read: "Reading", passage: "Passage", dims: int) -> Found:
-        from bertray.forward import TABLES, table
+        from bertray.forward import TABLES
 
-        found: Found = {}
+        found: Found = dict.fromkeys(TABLES)
         for kind in TABLES:
-            name = table(self._weights, kind)
-            if name:
-                shape = self._weights.shapes[name]
-                first = _array(self._weights.rows(name, range(min(_ROWS, shape[0]))))
+            if name := self._layers.table(kind):
+                shape = self._layers.weights.shapes[name]
+                first = _array(self._layers.weights.rows(name, range(min(_ROWS, shape[0]))))
                 found[kind] = {"name": name, "shape": list(shape), "values": first[:, : dims or None]}
-            else:
-                found[kind] = None
-                if kind == "position":
-                    read.notes.append("This model has no table of positions: its attention knows how far tokens lie.")
         found["input"] = _input(passage, dims)
         found["neighbours"] = self._neighbours(read, found["token"]["name"])
         found["positions"] = self._positions(found["position"]["name"]) if found["position"] else None
@@ -271,9 +299,9 @@ class Explorer:
         wanted = list(dict.fromkeys(number for number in read.ids if number not in special))
         if not wanted:
             return []
-        own = normalize(self._weights.rows(name, wanted))
+        own = normalize(self._layers.weights.rows(name, wanted))
         best, which, start = torch.empty(len(wanted), 0), torch.empty(len(wanted), 0, dtype=torch.long), 0
-        for block in self._weights.blocks(name):
+        for block in self._layers.weights.blocks(name):
             numbers = torch.arange(start, start + len(block)).expand(len(wanted), -1)
             both, which = torch.cat([best, own @ normalize(block).T], 1), torch.cat([which, numbers], 1)
             best, places = both.topk(min(_NEIGHBOURS + 1, both.shape[1]))  # and the token itself
@@ -291,21 +319,24 @@ class Explorer:
         ]
 
     def _named(self, number: int) -> Found:
-        return {"token": self.tokenizer.convert_ids_to_tokens(number), "id": number}
+        from bertray.reading import named
+
+        return {"token": named(self.tokenizer, number), "id": number}
 
     def _positions(self, name: str) -> Found:
         """How alike positions are: cosines between rows of their table, evenly spaced."""
-        from bertray.forward import first_position
-
-        first, rows = first_position(self._config), self._weights.shapes[name][0]
+        (first,), rows = (
+            self._layers.positions([self.tokenizer.cls_token_id or 0]),
+            self._layers.weights.shapes[name][0],
+        )
         places = range(first, rows, max(1, -(-(rows - first) // _POSITIONS)))
-        unit = _unit(_array(self._weights.rows(name, places)))
+        unit = _unit(_array(self._layers.weights.rows(name, places)))
         return {"places": list(places), "cosine": unit @ unit.T}
 
     # --- all else -----------------------------------------------------------------------------------------
 
     def _architecture(self, bundle: "Bundle | None") -> Found:
-        config, tree = self._config, anatomy.tree(self._weights.shapes)
+        config, tree = self._layers.config, anatomy.tree(self._layers.weights.shapes)
         total = sum(line["parameters"] * line["times"] for line in tree if not line["depth"])
         trained = None
         if bundle is not None:
@@ -318,7 +349,7 @@ class Explorer:
             "width": int(config.hidden_size),
             "inner": int(getattr(config, "intermediate_size", 0) or getattr(config, "hidden_dim", 0)),
             "vocabulary": int(config.vocab_size),
-            "kind": self._weights.kind,
+            "kind": self._layers.weights.kind,
             "parameters": total,
             "frozen": total,
             "trained": trained,
@@ -350,30 +381,29 @@ class Explorer:
         ]
 
     def _pretraining(self, read: "Reading", paired: bool) -> Found:
-        from bertray import pretraining
+        from bertray.pretraining import Answers
 
-        can = pretraining.tasks(self._weights)
-        lacks = f"{self.checkpoint.name} came without the head for it, as encoders do that were trained further."
-        masked = lacks if not can.fills else "" if read.masked else "Write [MASK] for a word to have it filled."
-        follows = lacks if not can.follows else "" if paired else "Give a second text to be told whether it follows."
-        found = pretraining.Answers([], None)
+        heads = self._heads
+        hint = "None of those that are read is [MASK]." if read.cut else "Write [MASK] for a word to have it filled."
+        masked = heads.no_fills or ("" if read.masked else hint)
+        follows = heads.no_follows or ("" if paired else "Give a second text to be told whether it follows.")
+        found = Answers([], None)
         if not masked or not follows:
-            found = pretraining.answers(self.checkpoint, can, read.ids, read.types, read.masked, _CANDIDATES)
+            found = heads.answers(read.ids, read.types, read.masked, _CANDIDATES)
         fills = [
             {"place": place, "candidates": [{**self._named(number), "probability": p} for number, p in best]}
             for place, best in zip(read.masked, found.fills, strict=False)
         ]
-        probability = None if follows else found.follows
         return {
             "masked": {"why_not": masked, "fills": fills},
-            "follows": {"why_not": follows, "probability": probability},
+            "follows": {"why_not": follows, "probability": None if follows else found.follows},
         }
 
     def _reasons(self, bundle: "Bundle", url: str, text: str, pair: str | None) -> Found:
         from bertray.reasons import Seen, reasons
 
         def see(given: str, other: str | None) -> Seen:
-            read = self._read(given, other, int(bundle.encoder["max_length"]))
+            read = self._read(given, other, bundle)
             return Seen(read.found["tokens"], self._passage(read, keep=False, gradient=True))
 
         return reasons(bundle, url, text, pair, see)
@@ -383,26 +413,20 @@ def _input(passage: "Passage", dims: int) -> Found:
     """What the tables give each token, their sum, and what the first layer is given."""
     parts = {kind: _array(part) for kind, part in passage.parts.items()}
     parts["sum"] = np.sum(list(parts.values()), axis=0)
-    parts["normalized"] = _array(passage.states[0])
+    parts["normalized"] = _array(passage.normalized)
     return {
         **{kind: part[:, : dims or None] for kind, part in parts.items()},
         "norms": {kind: np.linalg.norm(part, axis=1) for kind, part in parts.items()},
     }
 
 
-def _outputs(read: "Reading", passage: "Passage", dims: int) -> Found:
+def _outputs(passage: "Passage", dims: int) -> Found:
     states = _states(passage)
-    last, count = states[-1], len(read.ids)
+    last, few = states[-1], states.shape[1] <= MOST_MAPPED
     pooled = None if passage.pooled is None else _array(passage.pooled)
     poolings = {"cls": last[0], "mean": last.mean(0), "max": last.max(0)}
     if pooled is not None:
         poolings["pooler"] = pooled
-    else:
-        read.notes.append("This checkpoint has no trained pooler, and so no pooler_output.")
-    if count > MOST_MAPPED:
-        read.notes.append(f"Maps of token by token are made for up to {MOST_MAPPED} tokens; here are {count:,}.")
-    elif not passage.attention:
-        read.notes.append("This encoder does not tell its attention.")
     unit = _unit(states)
     return {
         "last_hidden_state": {"shape": [1, *last.shape], "values": last[:, : dims or None]},
@@ -411,7 +435,7 @@ def _outputs(read: "Reading", passage: "Passage", dims: int) -> Found:
             {"name": name, "values": vector[: dims or None], "norm": float(np.linalg.norm(vector))}
             for name, vector in poolings.items()
         ],
-        "cosine": unit @ unit.transpose(0, 2, 1) if count <= MOST_MAPPED else None,
+        "cosine": unit @ unit.transpose(0, 2, 1) if few else None,
         "attention": np.stack([_array(looks) for looks in passage.attention]) if passage.attention else None,
         "movement": {
             "norm": np.linalg.norm(states, axis=2),

@@ -1,7 +1,9 @@
 """What a BERT was pretrained to do: fill masked words, and tell whether one sentence follows another (Devlin et al.
 2019), where its checkpoint still has the heads for it. Runs in transformers."""
 
+import inspect
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -20,19 +22,8 @@ _FILLS = (
     "head.dense.weight",
 )
 _FOLLOWS = "cls.seq_relationship.weight"
-
-
-class Tasks(NamedTuple):
-    """fills: whether it can fill masked words; follows: whether it can tell if a sentence follows another."""
-
-    fills: bool
-    follows: bool
-
-
-def tasks(weights: Weights) -> Tasks:
-    """What a checkpoint has heads for, by the names of its weights."""
-    fills = any(name in weights.shapes for name in _FILLS)
-    return Tasks(fills, _FOLLOWS in weights.shapes)
+_FOLLOWING = ("bert", "big_bird", "ernie", "megatron-bert", "mobilebert")  # families that were pretrained on that
+_DISCRIMINATES = "discriminator_predictions.dense.weight"
 
 
 class Answers(NamedTuple):
@@ -43,52 +34,71 @@ class Answers(NamedTuple):
     follows: float | None
 
 
-def answers(
-    checkpoint: Checkpoint, can: Tasks, ids: Sequence[int], types: Sequence[int], masked: Sequence[int], most: int
-) -> Answers:
-    """What the heads of a checkpoint make of a text or a pair.
+class Heads:
+    """The heads that a checkpoint was pretrained with.
 
-    Args:
-        can: what it has heads for; for what it has not, or is not asked, the answer is empty.
-        masked: places of the masked tokens.
-        most: candidates for each of them.
-
-    Raises:
-        CheckpointError: it cannot be loaded with its heads.
+    no_fills, no_follows: why it cannot fill masked words, or tell whether a text follows another; empty where it can.
     """
-    output = _output(_model(checkpoint, can), ids, types)
-    fills = []
-    scores = output.get("prediction_logits", output.get("logits"))
-    for place in masked if can.fills else ():
-        best = scores[0, place].float().softmax(-1).topk(most)
-        fills.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
-    follows = output.get("seq_relationship_logits", None if can.fills else output.get("logits"))
-    return Answers(fills, float(follows.softmax(-1)[0, 0]) if can.follows and follows is not None else None)
 
+    def __init__(self, checkpoint: Checkpoint, weights: Weights, family: str) -> None:
+        """Look which heads there are, by the names of the weights.
 
-def _model(checkpoint: Checkpoint, can: Tasks) -> Any:
-    from transformers import AutoModelForMaskedLM, AutoModelForNextSentencePrediction, AutoModelForPreTraining
-    from transformers.utils import logging
+        Args:
+            family: the type of the model, such as `bert`.
+        """
+        self._checkpoint = checkpoint
+        lacks = f"{checkpoint.name} came without the head for it, as encoders do that were trained further."
+        self.no_fills = "" if any(name in weights.shapes for name in _FILLS) else lacks
+        if self.no_fills and _DISCRIMINATES in weights.shapes:
+            self.no_fills = (
+                "This is ELECTRA's discriminator, which tells words that were replaced: its generator fills."
+            )
+        self.no_follows = "" if _FOLLOWS in weights.shapes else lacks
+        if self.no_follows and family not in _FOLLOWING:
+            self.no_follows = f"No {family} was pretrained on that."
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    kind = AutoModelForMaskedLM
-    if can.follows:
-        kind = AutoModelForPreTraining if can.fills else AutoModelForNextSentencePrediction
-    try:
-        model, info = kind.from_pretrained(
-            checkpoint.folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
-        )
-    except Exception as error:  # transformers raises many kinds: say what it said
-        raise CheckpointError(f"{checkpoint.name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    if lacking := {name for name in info["missing_keys"] if "pooler" not in name}:
-        raise CheckpointError(f"{checkpoint.name} lacks weights, such as {min(lacking)}.")
-    return model.eval()
+    def answers(self, ids: Sequence[int], types: Sequence[int], masked: Sequence[int], most: int) -> Answers:
+        """What the heads that there are make of a text or a pair.
+
+        Args:
+            masked: places of the masked tokens.
+            most: candidates for each of them.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be loaded with its heads.
+        """
+        output = _output(self._model, ids, types)
+        fills = []
+        scores = output.get("prediction_logits", output.get("logits"))
+        for place in masked if not self.no_fills else ():
+            best = scores[0, place].float().softmax(-1).topk(most)
+            fills.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+        follows = output.get("seq_relationship_logits", output.get("logits"))
+        return Answers(fills, None if self.no_follows else float(follows.softmax(-1)[0, 0]))
+
+    @cached_property
+    def _model(self) -> Any:
+        from transformers import AutoModelForMaskedLM, AutoModelForNextSentencePrediction, AutoModelForPreTraining
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        kind = AutoModelForMaskedLM
+        if not self.no_follows:
+            kind = AutoModelForNextSentencePrediction if self.no_fills else AutoModelForPreTraining
+        name = self._checkpoint.name
+        try:
+            model, info = kind.from_pretrained(
+                self._checkpoint.folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+            )
+        except Exception as error:  # transformers raises many kinds: say what it said
+            raise CheckpointError(f"{name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        if lacking := {weight for weight in info["missing_keys"] if "pooler" not in weight}:
+            raise CheckpointError(f"{name} lacks weights, such as {min(lacking)}.")
+        return model.eval()
 
 
 def _output(model: Any, ids: Sequence[int], types: Sequence[int]) -> Any:
-    import inspect
-
     given = {"input_ids": torch.tensor([list(ids)])}
     if "token_type_ids" in inspect.signature(model.forward).parameters:
         given["token_type_ids"] = torch.tensor([list(types)])

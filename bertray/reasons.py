@@ -24,7 +24,7 @@ Found = dict[str, Any]
 
 
 class Seen(NamedTuple):
-    """The tokens of a text (token, text, special), and what they passed through, to be differentiated."""
+    """The tokens of a text (token, of, special), and what they passed through, to be differentiated."""
 
     tokens: list[Found]
     passage: Passage
@@ -34,9 +34,15 @@ See = Callable[[str, str | None], Seen]
 
 
 def reasons(bundle: Bundle, url: str, text: str, pair: str | None, see: See) -> Found:
-    """A bundle's answer to a text, and why: `label`, `scores` (label, score), `explained` (the label that has the
-    highest score), `words` (occlusion: text, of, start, stop, weight), `tokens` (gradient times input: token, of,
-    special, weight) and `nearest` training texts (id, text, label, cosine).
+    """A bundle's answer to a text, and why.
+
+    bundle, task, problem: which, and what it answers.
+    label, told: its answer, and that as people read it.
+    why_not: why there is no more: of answers that are not of a whole text nothing else is told.
+    scores: label and score of each label, the highest first; explained: the label that has it.
+    words: occlusion: text, of (which text), start, stop, weight. tokens: gradient times input: token, of, special,
+        weight.
+    nearest: training texts: id, text (and text_pair), label, cosine; why_no_nearest: why there are none.
 
     Args:
         url: where the bundle is.
@@ -45,7 +51,15 @@ def reasons(bundle: Bundle, url: str, text: str, pair: str | None, see: See) -> 
     predictor = Predictor(bundle)
     texts = [text] if pair is None else [text, pair]
     label = predictor.predict(*[[given] for given in texts]).labels[0]
-    found: Found = {"bundle": url, "task": bundle.task, "label": label, "why_not": "", "scores": []}
+    unsure = label is None and bundle.form == "name"
+    found: Found = {
+        "bundle": url,
+        "task": bundle.task,
+        "problem": bundle.problem,
+        "label": label,
+        "told": "not sure enough" if unsure else answers.told(label),
+        "why_not": "",
+    }
     if bundle.task != "text-classification":
         return found | {"why_not": f"Answers of {bundle.task} are not explained."}
     vectors = predictor.vectors(*[[given] for given in texts])
@@ -96,7 +110,7 @@ def _gradients(bundle: Bundle, text: str, pair: str | None, label: int, see: See
         zip(sides, inputs, torch.autograd.grad(logit, inputs), strict=True)
     ):
         for token, weight in zip(side.tokens, (embedded * gradient).sum(1).tolist(), strict=True):
-            of = place if bundle.siamese else token["text"]
+            of = place if bundle.siamese else token["of"]
             found.append({"token": token["token"], "of": of, "special": token["special"], "weight": weight})
     return found
 

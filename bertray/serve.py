@@ -14,17 +14,19 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import orjson
 
 from bertray import bundle as bundles
 from bertray.batcher import Batcher, Input, Lost, Read
 from bertray.cluster import connected, plan_workers
 from bertray.errors import BertrayError, ClusterError
-from bertray.explorer import OF_TEXTS, Explorer
+from bertray.explorer import OF_TEXTS, Explorer, plain
 from bertray.features import Feature, parse
 from bertray.monitor import Monitor
 from bertray.predict import checkpoint_of, encoder_spec
@@ -86,7 +88,7 @@ class Encoders:
         self._encoder = Encoder(checkpoint, self._spec, device, threads, "text", every)
         self._readings: dict[Reading, Any] = {}
         self._explorer = Explorer(checkpoint)
-        self._loading, self._exploring = threading.Lock(), threading.Lock()
+        self._loading, self._exploring = threading.Lock(), ThreadPoolExecutor(1, "bertray-explore")
         self._broken = ""
 
     async def encode(self, reading: Reading, inputs: Sequence[Input]) -> tuple[Any, ...]:
@@ -115,13 +117,17 @@ class Encoders:
                 self._readings[reading] = self._encoder.reading(spec, reading.part, wanted)
             return self._readings[reading]
 
-    async def explore(self, given: Input, dims: int) -> dict[str, Any]:
-        """As `explorer.explore`, of this process's checkpoint."""
-        return await asyncio.to_thread(self._explore, given, dims)
+    async def explore(self, given: Input, dims: int) -> bytes | Exception:
+        """What `explorer.explore` gives of this process's checkpoint, as JSON, or what went wrong, which is not taken
+        for the end of the process. In a thread of its own, one text after another: what is encoded does not wait for
+        it, and what nobody waits for any more is not begun."""
+        return await asyncio.get_running_loop().run_in_executor(self._exploring, self._explore, given, dims)
 
-    def _explore(self, given: Input, dims: int) -> dict[str, Any]:
-        with self._exploring:
-            return self._explorer.look(given.text, given.pair, OF_TEXTS, dims)
+    def _explore(self, given: Input, dims: int) -> bytes | Exception:
+        try:
+            return orjson.dumps(plain(self._explorer.look(given.text, given.pair, OF_TEXTS, dims)))
+        except Exception as error:
+            return error
 
     def check_health(self) -> None:
         """Asked by Ray Serve, which replaces what is not well."""
@@ -182,10 +188,12 @@ class _Fleet:
             for i in range(len(inputs))
         ]
 
-    async def explore(self, given: Input, dims: int) -> dict[str, Any]:
+    async def explore(self, given: Input, dims: int) -> bytes:
         """As `service.Explore`."""
-        found: dict[str, Any] = await self._asked(self._handle.explore, given, dims)
-        return found
+        found = await self._asked(self._handle.explore, given, dims)
+        if isinstance(found, Exception):
+            raise found
+        return bytes(found)
 
     async def _asked(self, method: Any, *arguments: Any) -> Any:
         try:

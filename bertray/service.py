@@ -23,8 +23,8 @@ from bertray.storage import Location
 _PROBE = "a plain text"
 _EXPLORED = 8  # texts that may wait to be looked into: each takes as long as dozens that are encoded
 
-# Looks into a text or a pair, with so many numbers of each vector, as `explorer.explore`; raises Lost, as an encoder.
-Explore = Callable[[Input, int], Awaitable[dict[str, Any]]]
+# Looks into a text or a pair, with so many numbers of each vector: `explorer.explore` as JSON. Raises Lost.
+Explore = Callable[[Input, int], Awaitable[bytes]]
 
 
 class Wrong(BertrayError):
@@ -191,8 +191,8 @@ class Service:
             "words": words,
         }
 
-    async def explore(self, given: Input, dims: int, seconds: float) -> dict[str, Any]:
-        """What the encoder sees of a text or a pair (see `explorer.explore`).
+    async def explore(self, given: Input, dims: int, seconds: float) -> bytes:
+        """What the encoder sees of a text or a pair: `explorer.explore` as JSON.
 
         Raises:
             Wrong: it cannot be looked into.

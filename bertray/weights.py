@@ -4,6 +4,7 @@ Names are those of transformers' models today: `gamma` and `beta` of layer norms
 `weight` and `bias`.
 """
 
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class Weights:
         """Look at the files' heads; weights themselves are read when they are asked for.
 
         Raises:
-            CheckpointError: there are none, or they cannot be read.
+            CheckpointError: they cannot be read.
         """
         try:
             found = list(_tensors(folder))
@@ -79,6 +80,12 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Any, tuple[int, ...], str]]:
                 part = opened.get_slice(name)
                 yield name, part, tuple(part.get_shape()), _KINDS.get(part.get_dtype(), "")
         return
+    known = set()
     for file in sorted(folder.glob("pytorch_model*.bin")):
-        for name, tensor in torch.load(file, map_location="cpu", mmap=True, weights_only=True).items():
+        mapped = zipfile.is_zipfile(file)  # files from before torch 1.6 are not
+        for name, tensor in torch.load(file, map_location="cpu", mmap=mapped, weights_only=True).items():
+            place = tensor.data_ptr(), tensor.shape
+            if place in known and tensor.numel():  # tied to another, which safetensors leave out
+                continue
+            known.add(place)
             yield name, tensor, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")

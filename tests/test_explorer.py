@@ -109,7 +109,7 @@ def test_what_is_too_long_is_cut_as_in_the_encoder(minilm):
         assert [token["id"] for token in found["tokens"]["tokens"]] == read.ids.tolist()
         assert found["tokens"]["count"] > found["tokens"]["kept"] == 512
         assert found["tokens"]["dropped"] == []
-        assert any("512 are read" in note for note in found["notes"])
+        assert any("the first 512 are looked at" in note for note in found["notes"])
 
 
 # --- numbers ---
@@ -198,13 +198,13 @@ def test_one_word_in_two_texts(minilm):
 def test_every_family_is_seen_as_transformers_sees_it(folders, family):
     text = "I drank the water at the café"
     found = explore(text, model=str(folders[family]), dims=0)
-    _, inputs, output = by_transformers(folders[family], text)
+    model, inputs, output = by_transformers(folders[family], text)
     assert [token["id"] for token in found["tokens"]["tokens"]] == inputs["input_ids"][0].tolist()
     np.testing.assert_allclose(found["outputs"]["last_hidden_state"]["values"], output.last_hidden_state[0], atol=2e-5)
     np.testing.assert_allclose(found["outputs"]["attention"], np.stack([a[0] for a in output.attentions]), atol=2e-5)
-    np.testing.assert_allclose(
-        found["tables"]["input"]["normalized"][:, :16], output.hidden_states[0][0, :, :16], atol=1e-5
-    )
+    embedded = model.embeddings(inputs["input_ids"])[0].detach()
+    np.testing.assert_allclose(found["tables"]["input"]["normalized"], embedded, atol=1e-5)
+    assert any("projected to 32" in note for note in found["notes"]) is (family == "electra")
     notes, outputs, tables = " ".join(found["notes"]), found["outputs"], found["tables"]
     has_pooler = family in ("bert", "minilm", "xlm-roberta")
     assert (outputs["pooler_output"] is not None) is has_pooler is ("no trained pooler" not in notes)
@@ -244,15 +244,17 @@ def test_checkpoints_of_old_are_read_too(folders, tmp_path):
         re.sub(r"\.(weight|bias)$", lambda end: new[end[0]], name) if "LayerNorm" in name else name: weight
         for name, weight in weights.items()
     }
+    tied = weights | {"cls.predictions.decoder.weight": weights["bert.embeddings.word_embeddings.weight"]}
     expected = explore(*PAIR, model=str(folders["bert"]), dims=0)
     for name, write in (
         ("model.safetensors", lambda path: save_file(old, path, {"format": "pt"})),
-        ("pytorch_model.bin", lambda path: torch.save(weights, path)),
+        ("pytorch_model.bin", lambda path: torch.save(tied, path)),
+        ("pytorch_model-of-old.bin", lambda path: torch.save(weights, path, _use_new_zipfile_serialization=False)),
     ):
         folder = tmp_path / name
         shutil.copytree(folders["bert"], folder)
         (folder / "model.safetensors").unlink()
-        write(folder / name)
+        write(folder / name.replace("-of-old", ""))
         found = explore(*PAIR, model=str(folder), dims=0)
         assert found["architecture"] == expected["architecture"] and found["notes"] == expected["notes"]
         assert found["pretraining"]["follows"]["probability"] == pytest.approx(
@@ -296,7 +298,7 @@ def test_other_families_fill_masked_words(folders, family):
     assert fill["place"] == place
     assert [candidate["id"] for candidate in fill["candidates"]] == best.indices.tolist()
     assert [candidate["probability"] for candidate in fill["candidates"]] == pytest.approx(best.values, abs=1e-5)
-    assert found["follows"]["probability"] is None and "without the head" in found["follows"]["why_not"]
+    assert found["follows"] == {"why_not": f"No {family} was pretrained on that.", "probability": None}
 
 
 def test_what_a_checkpoint_cannot_do_is_said(folders):
@@ -419,6 +421,35 @@ def test_bundles_of_every_kind_are_explained(kind, demo, tmp_path):
     assert sum(token["weight"] for token in told["tokens"]) == pytest.approx(slope(bundle, text, pair, told), rel=0.02)
 
 
+def test_answers_that_are_not_of_a_whole_text_are_shown(demo, tmp_path):
+    from dataclasses import replace
+
+    from bertray import bundle as bundles
+    from bertray.heads import LinearHead
+
+    bundle = replace(bertray.load(demo["bundle"]).bundle, ood=None, task="token-classification", threshold=0.0)
+    weight = np.random.default_rng(0).standard_normal((3, 384)).astype(np.float32)
+    head = LinearHead(weight, np.array([0, 9, 9], np.float32))
+    bundles.save(replace(bundle, labels=("O", "B-PER", "I-PER"), head=head), str(tmp_path / "head"))
+    found = bertray.explore("Ada met Grace", bundle=str(tmp_path / "head"))
+    told = found["prediction"]
+    assert "(PER)" in told["told"] and "not explained" in told["why_not"]
+    assert any("(PER)" in line for line in display.lines(found))
+
+
+def test_a_long_text_of_a_head_that_reads_windows_says_so(demo, tmp_path):
+    from dataclasses import replace
+
+    from bertray import bundle as bundles
+
+    bundle = bertray.load(demo["bundle"]).bundle
+    encoder = {**bundle.encoder, "max_length": 16, "truncation": "window", "overlap": 4}
+    bundles.save(replace(bundle, encoder=encoder), str(tmp_path / "head"))
+    found = bertray.explore("a happy word " * 20, bundle=str(tmp_path / "head"))
+    assert any("in windows" in note for note in found["notes"])
+    assert len(found["prediction"]["words"]) == 60 and len(found["prediction"]["tokens"]) == 16
+
+
 def slope(bundle, text, pair, told):
     """How fast the logit that is explained grows with a common factor of all embeddings, in plain transformers."""
     import torch
@@ -453,6 +484,10 @@ def test_a_bundle_away_from_its_run_still_explains(demo, tmp_path):
     shutil.copytree(demo["bundle"], tmp_path / "alone")
     told = bertray.explore("so happy", bundle=str(tmp_path / "alone"), show=["prediction"])["prediction"]
     assert told["nearest"] == [] and "not beside the bundle" in told["why_no_nearest"] and told["words"]
+    moved = tmp_path / "moved"
+    shutil.copytree(find(MINILM).folder, moved)
+    told = bertray.explore("so happy", bundle=str(tmp_path / "alone"), model=str(moved), show=["prediction"])
+    assert told["model"] == str(moved) and told["prediction"]["words"]
     with pytest.raises(BertrayError, match="takes one text"):
         bertray.explore("a", "b", bundle=demo["bundle"])
     with pytest.raises(BertrayError, match="is not what the bundle was fitted on"):
@@ -506,7 +541,7 @@ def test_the_form_of_the_answer_is_stable(seen):
         "pretraining": ["follows", "masked"],
     }  # fmt: skip
     assert list(found["tokens"]["tokens"][0]) == [
-        "place", "token", "id", "type", "mask", "position", "text", "start", "stop", "special", "unknown",
+        "place", "token", "id", "type", "mask", "position", "of", "start", "stop", "special", "unknown",
     ]  # fmt: skip
 
 
@@ -518,6 +553,94 @@ def test_sections_and_dims():
     for show, dims, says in ((["tokns"], 10, "no section 'tokns'"), ([], -1, "dims must be 0")):
         with pytest.raises(BertrayError, match=says):
             explore("a", model=MINILM, show=show, dims=dims)
+
+
+def test_control_characters_and_accents_of_any_tokenizer(folders):
+    """SentencePiece tokenizers keep what BERT's drops, and call unknown pieces by their text."""
+    found = explore("abc\x1b[31mred \u202e cafe\u0301 a\u20dd", model=str(folders["camembert"]))
+    assert all(char.isprintable() for line in display.lines(found) for char in line)
+    tokens = found["tokens"]["tokens"]
+    assert {token["token"] for token in tokens if token["unknown"]} == {"<unk>"}
+    assert [run["text"] for run in found["tokens"]["dropped"]] == []
+    bert = explore("cafe\u0301", model=str(folders["bert"]))["tokens"]
+    assert [run["text"] for run in bert["dropped"]] == ["\u0301"]
+
+
+def test_padding_that_is_written_in_a_text(folders):
+    text = "a <pad> water </s> b"
+    found = explore(text, model=str(folders["roberta"]), dims=0)
+    model, _, _ = by_transformers(folders["roberta"], "x")
+    ids = [[token["id"] for token in found["tokens"]["tokens"]]]
+    import torch
+
+    with torch.no_grad():
+        output = model(input_ids=torch.tensor(ids))
+    np.testing.assert_allclose(found["outputs"]["last_hidden_state"]["values"], output.last_hidden_state[0], atol=2e-5)
+    assert 1 in [token["position"] for token in found["tokens"]["tokens"]]
+
+
+def test_tables_with_more_rows_than_the_tokenizer_has_tokens(folders, tmp_path):
+    """As those of checkpoints whose vocabulary was rounded up."""
+    import shutil
+
+    import transformers
+
+    folder = tmp_path / "padded"
+    shutil.copytree(folders["bert"], folder)
+    model = transformers.BertForPreTraining.from_pretrained(folder)
+    model.resize_token_embeddings(400)
+    model.save_pretrained(folder)
+    found = explore("I [MASK] you", model=str(folder))
+    assert found["tables"]["token"]["shape"] == [400, 32]
+    assert list(display.lines(found)) and "None" not in json.dumps(plain(found))
+
+
+def test_positions_are_counted_as_each_family_counts_them(minilm):
+    """Of every encoder that transformers has: the row of the table that the first token takes."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
+
+    from bertray.forward import Layers
+    from bertray.native import first_position
+
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    checked = set()
+    for family in ENCODERS:
+        try:
+            config = transformers.AutoConfig.for_model(family, vocab_size=30, max_position_embeddings=40, **size)
+            model = transformers.AutoModel.from_config(config)
+        except Exception:  # other sizes, or packages that are not here
+            continue
+        if (
+            getattr(getattr(model, "embeddings", None), "position_embeddings", None) is None
+            or config.is_encoder_decoder
+        ):
+            continue
+        layers = Layers(minilm)
+        layers.config = config
+        assert layers.first_position == first_position(model), family
+        checked.add(family)
+    assert {"bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet", "longformer"} <= checked
+
+
+def test_families_that_nobody_has_held_against_transformers_say_so(tmp_path, folders):
+    import shutil
+
+    import transformers
+
+    folder = tmp_path / "mpnet"
+    shutil.copytree(folders["camembert"], folder)
+    config = transformers.MPNetConfig(
+        vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=66, pad_token_id=1,
+    )  # fmt: skip
+    transformers.MPNetModel(config).save_pretrained(folder)
+    text = "the water " * 60
+    found = explore(text, model=str(folder), dims=0)
+    assert found["tokens"]["kept"] == 64 and any("Nobody has held" in note for note in found["notes"])
+    _, _, output = by_transformers(folder, "the water")
+    short = explore("the water", model=str(folder), dims=0)
+    np.testing.assert_allclose(short["outputs"]["last_hidden_state"]["values"], output.last_hidden_state[0], atol=2e-5)
 
 
 # --- what cannot be looked at ---
@@ -617,6 +740,10 @@ def test_the_command(tmp_path, demo):
         (["--ids", "1,x"], "--ids must be numbers"),
         (["a", "--model", str(tmp_path)], "has no config.json"),
         (["a", "--show", "all", "--model", MINILM], "There is no section 'all'"),
+        (["a", "--show", "prediction", "--model", MINILM], "there is none (--bundle FOLDER)"),
+        (["--ids", "1", "--html", "x.html", "--model", MINILM], "--ids goes with --model and --json alone"),
+        (["--ids", ",", "--model", MINILM], "--ids must be numbers"),
+        (["a", "--html", str(tmp_path / "page.html" / "x"), "--model", MINILM, "--show", "tokens"], "page.html"),
     ):
         done, _ = run("explore", *arguments)
         assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -747,9 +747,8 @@ def test_maps_are_read_by_keyboard_and_by_touch(visit, address):
     outputs = asked_of(f"{address}v1/explore", text)["outputs"]
     cosines, attention = found.locator(".map").first, found.locator(".map").nth(1)
     cosines.focus()
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowDown")
-    page.keyboard.press("ArrowRight")
+    for key in ("ArrowRight", "ArrowDown", "ArrowRight", "ArrowRight"):  # the first one leads to the first cell
+        page.keyboard.press(key)
     expect(found.locator(".told").first).to_have_text(f"the and river: {outputs['cosine'][-1][1][2]:.3f}")
     layer = found.locator("input[type=range]").first
     layer.focus()
@@ -819,8 +818,11 @@ def test_the_page_of_explore_needs_nothing_else(browser, demo, tmp_path, width):
     told = found["prediction"]
     assert page.locator(".part .named").inner_text() == told["label"]
     assert page.locator(".bars li").count() >= 3
-    words = page.locator(".part .text .w").all_inner_texts()
-    assert words == [word["text"] for word in told["words"]]
+    chips = page.locator("section:has(#part-prediction) .chips")
+    assert chips.first.locator("bdi").all_inner_texts() == [word["text"] for word in told["words"]]
+    assert chips.nth(1).locator("bdi").all_inner_texts() == [token["token"] for token in told["tokens"]]
+    weight = chips.first.locator("small").first.inner_text().replace("\u2212", "-")
+    assert float(weight) == pytest.approx(told["words"][0]["weight"], abs=0.0006)
     nearest = page.get_by_role("region", name="Nearest training texts").locator("tbody tr")
     assert nearest.count() == 5 and told["nearest"][0]["text"] in nearest.first.inner_text()
     context.close()

@@ -54,3 +54,39 @@ def test_whoever_waits_too_long_is_told():
 
     with pytest.raises(Late, match=r"within 0\.05 s"):
         asyncio.run(service(explore).explore(Input("a"), 10, 0.05))
+
+
+def test_what_nobody_waits_for_any_more_is_not_looked_into(demo):
+    """In the process that encodes; and what is encoded meanwhile does not wait."""
+    import time
+
+    import bertray
+    from bertray.registry import Reading
+    from bertray.serve import Encoders
+
+    bundle = bertray.load(demo["bundle"]).bundle
+    own = Encoders(bundle.encoder, "cpu", 2)
+    looked, look = [], own._explorer.look
+
+    def counted(text, *rest):
+        looked.append(text)
+        time.sleep(0.3)
+        return look(text, *rest)
+
+    own._explorer.look = counted
+    reading = Reading(512, "truncate", 0, "text", bundle.features)
+
+    async def ask():
+        tasks = [asyncio.ensure_future(own.explore(Input(f"text {i}"), 10)) for i in range(8)]
+        await asyncio.sleep(0.1)
+        for task in tasks:
+            task.cancel()
+        begun = time.perf_counter()
+        await own.encode(reading, [Input("a text")])
+        encoded = time.perf_counter() - begun
+        found = await own.explore(Input("the last"), 10)
+        return encoded, found
+
+    encoded, found = asyncio.run(ask())
+    assert looked == ["text 0", "the last"] and encoded < 0.25
+    assert found.startswith(b'{"model"')

@@ -17,9 +17,10 @@ const drawn = (tag, attributes, ...parts) => {
 const whole = (n) => n.toLocaleString("en");
 const visible = (text) => text.replace(/[\p{Cc}\p{Cf}\u2028\u2029]/gu, (char) => `\\u{${char.codePointAt(0).toString(16)}}`);
 const shaped = (shape) => `[${shape.join(", ")}]`;
+const signed = (x) => `${x < 0 ? "−" : "+"}${Math.abs(x).toFixed(3)}`;
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const named = (text) => make("bdi", visible(text));
-const mean = (maps) => maps[0].map((row, i) => row.map((_, j) => maps.reduce((sum, map) => sum + map[i][j], 0) / maps.length));
+const mean = (maps) => maps[0].map((row, i) => row.map((_, j) => maps.reduce((sum, one) => sum + one[i][j], 0) / maps.length));
 
 // --- parts ---
 
@@ -67,25 +68,28 @@ function map(label, names, tell) {
       drawn("text", { transform: `translate(${middle} -6) rotate(-90)`, class: "column" }, short),
     );
   });
-  let values = [], at = [0, 0];
+  let values = [], at = null;
   const point = (i, j) => {
-    if (!(values[i]?.[j] !== undefined)) return;
+    if (values[i]?.[j] === undefined) return;
     at = [i, j];
     marker.setAttribute("x", CELL * j);
     marker.setAttribute("y", CELL * i);
     marker.setAttribute("visibility", "visible");
     told.textContent = tell(visible(names[i]), visible(names[j]), values[i][j]);
   };
-  picture.addEventListener("pointermove", (event) => {
+  const follow = (event) => {
     const { x, y } = new DOMPoint(event.clientX, event.clientY).matrixTransform(picture.getScreenCTM().inverse());
     point(Math.floor(y / CELL), Math.floor(x / CELL));
-  });
-  picture.addEventListener("pointerdown", (event) => picture.dispatchEvent(new PointerEvent("pointermove", event)));
+  };
+  picture.addEventListener("pointermove", follow);
+  picture.addEventListener("pointerdown", follow);
   picture.addEventListener("keydown", (event) => {
-    const [down, right] = { ArrowDown: [1, 0], ArrowUp: [-1, 0], ArrowRight: [0, 1], ArrowLeft: [0, -1] }[event.key] ?? [];
-    if (down === undefined) return;
+    const step = { ArrowDown: [1, 0], ArrowUp: [-1, 0], ArrowRight: [0, 1], ArrowLeft: [0, -1] }[event.key];
+    if (!step) return;
     event.preventDefault();
-    point(at[0] + down, at[1] + right);
+    if (at) point(at[0] + step[0], at[1] + step[1]);
+    else point(0, 0);
+    marker.scrollIntoView({ block: "nearest", inline: "nearest" });
   });
   const fill = (next, title) => {
     values = next;
@@ -94,7 +98,7 @@ function map(label, names, tell) {
       x: CELL * j, y: CELL * i, width: CELL, height: CELL, class: value < 0 ? "below" : "above",
       "fill-opacity": Math.min(1, Math.abs(value)).toFixed(3),
     }))));
-    if (marker.getAttribute("visibility") === "visible") point(...at);
+    if (at) point(...at);
     else told.textContent = "Point at a cell, or move with the arrow keys.";
   };
   return { shown: make("div", scrolled(label, picture), told), fill };
@@ -120,7 +124,7 @@ const note = (text) => make("p.small", text);
 function tokens(found) {
   const own = found.tokens;
   const chips = make("p.chips", ...own.tokens.map((token) => {
-    const kind = token.special ? "special" : token.unknown ? "unknown" : token.text ? "second" : "first";
+    const kind = token.special ? "special" : token.unknown ? "unknown" : token.of ? "second" : "first";
     return make(`span.chip.${kind}`, named(token.token), make("small", String(token.id)));
   }));
   const rows = own.tokens.map((token) => [
@@ -172,7 +176,7 @@ function tables({ tables: own, tokens: read }) {
     const { places, cosine } = own.positions;
     parts.push(
       caption(`Positions ${places[0]} to ${places.at(-1)} of their table beside one another`),
-      picture(cosine, "positions", `Cosines between positions: the darker, the more alike`),
+      pixels(cosine, "positions", `Cosines between positions: the darker, the more alike`),
       note("Cosine: white 0 or less, full colour 1. Positions near each other tend to be alike, so that order can be felt."),
     );
   }
@@ -180,11 +184,11 @@ function tables({ tables: own, tokens: read }) {
 }
 
 /** Values as pixels. */
-function picture(values, kind, label) {
+function pixels(values, kind, label) {
   const size = values.length, canvas = make(`canvas.${kind}`, { width: size, height: size, role: "img", ariaLabel: label });
-  const context = canvas.getContext("2d"), pixels = context.createImageData(size, size);
-  values.flat().forEach((value, i) => pixels.data.set([43, 127, 212, 255 * Math.min(1, Math.max(0, value))], 4 * i));
-  context.putImageData(pixels, 0, 0);
+  const context = canvas.getContext("2d"), data = context.createImageData(size, size);
+  values.flat().forEach((value, i) => data.data.set([43, 127, 212, 255 * Math.min(1, Math.max(0, value))], 4 * i));
+  context.putImageData(data, 0, 0);
   return canvas;
 }
 
@@ -259,7 +263,7 @@ function attention(maps, names) {
     fill();
   });
   maps.forEach((own, depth) => own.forEach((one, place) => {
-    const button = make("button.small-map", { type: "button", value: `${depth + 1} ${place}`, ariaPressed: false, title: `layer ${depth + 1}, head ${place}`, ariaLabel: `layer ${depth + 1}, head ${place}` }, picture(one, "tiny", ""));
+    const button = make("button.small-map", { type: "button", value: `${depth + 1} ${place}`, ariaPressed: false, title: `layer ${depth + 1}, head ${place}`, ariaLabel: `layer ${depth + 1}, head ${place}` }, pixels(one, "tiny", ""));
     button.addEventListener("click", () => {
       head.value = String(place);
       layer.set(depth + 1);
@@ -289,45 +293,31 @@ function pretraining({ pretraining: own, tokens: read }) {
   return parts;
 }
 
-function prediction({ prediction: own, texts }) {
-  const parts = [make("p.named", named(own.label === null ? "not sure enough" : String(own.label)))];
+function prediction({ prediction: own }) {
+  const parts = [make("p.named", named(own.told))];
   if (own.why_not) return [...parts, note(own.why_not)];
-  const shares = own.scores.every(({ score }) => score >= 0 && score <= 1);
-  parts.push(shares
-    ? bars(own.scores.map(({ label, score }) => [label, score, percent(score)]))
-    : note(own.scores.map(({ label, score }) => `${label} ${score.toFixed(4)}`).join(" · ")));
+  parts.push(own.problem === "regression"
+    ? note(own.scores.map(({ label, score }) => `${label} ${score.toFixed(4)}`).join(" · "))
+    : bars(own.scores.map(({ label, score }) => [label, score, percent(score)])));
   const label = visible(own.explained);
-  parts.push(caption(`Words for and against ${label}, by leaving each out (occlusion)`));
-  texts.forEach((text, of) => parts.push(weighed(text, own.words.filter((word) => word.of === of))));
-  parts.push(caption(`Tokens for and against ${label}, by gradient times input`));
-  const most = Math.max(1e-9, ...own.tokens.map(({ weight }) => Math.abs(weight)));
-  parts.push(make("p.chips", ...own.tokens.map(({ token, weight }) => tinted(make("span.chip", named(token), make("small", weight.toFixed(3))), weight / most))));
-  parts.push(caption("Nearest training texts"));
+  parts.push(
+    caption(`Words for and against ${label}, by leaving each out (occlusion)`), weighed(own.words.map(({ text, weight }) => [text, weight])),
+    caption(`Tokens for and against ${label}, by gradient times input`), weighed(own.tokens.map(({ token, weight }) => [token, weight])),
+    caption("Nearest training texts"),
+  );
   if (own.why_no_nearest) return [...parts, note(own.why_no_nearest)];
   const rows = own.nearest.map((row) => [row.cosine.toFixed(3), named(String(row.label)), named([row.text, row.text_pair].filter(Boolean).join(" / "))]);
   return [...parts, listing("Nearest training texts", ["cosine", "label", "text"], rows)];
 }
 
-function tinted(element, weight) {
-  element.classList.add("w");
-  element.classList.toggle("against", weight < 0);
-  element.style.setProperty("--s", Math.abs(weight));
-  return element;
-}
-
-/** A text with its words coloured. Places count code points, as Python does; JavaScript's do not. */
-function weighed(text, words) {
-  const points = Array.from(text), most = Math.max(1e-9, ...words.map(({ weight }) => Math.abs(weight)));
-  const parts = [];
-  let at = 0;
-  for (const { start, stop, weight } of words) {
-    parts.push(points.slice(at, start).join(""));
-    const word = tinted(make("span", points.slice(start, stop).join("")), weight / most);
-    word.title = `${weight < 0 ? "against" : "for"}: ${weight.toFixed(3)}`;
-    parts.push(word);
-    at = stop;
-  }
-  return make("p.text", { dir: "auto" }, ...parts, points.slice(at).join(""));
+/** Words or tokens with their weights, the darker the more they count. */
+function weighed(parts) {
+  const most = Math.max(1e-9, ...parts.map(([, weight]) => Math.abs(weight)));
+  return make("p.chips", ...parts.map(([text, weight]) => {
+    const chip = make(weight < 0 ? "span.chip.w.against" : "span.chip.w", named(text), make("small", signed(weight)));
+    chip.style.setProperty("--s", Math.abs(weight) / most);
+    return chip;
+  }));
 }
 
 const SECTIONS = { tokens, tables, architecture, outputs, pretraining, prediction };
