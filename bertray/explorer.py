@@ -325,10 +325,7 @@ class Explorer:
 
     def _positions(self, name: str) -> Found:
         """How alike positions are: cosines between rows of their table, evenly spaced."""
-        (first,), rows = (
-            self._layers.positions([self.tokenizer.cls_token_id or 0]),
-            self._layers.weights.shapes[name][0],
-        )
+        first, rows = self._layers.first_position, self._layers.weights.shapes[name][0]
         places = range(first, rows, max(1, -(-(rows - first) // _POSITIONS)))
         unit = _unit(_array(self._layers.weights.rows(name, places)))
         return {"places": list(places), "cosine": unit @ unit.T}

@@ -12,14 +12,14 @@ from bertray.checkpoints import Checkpoint
 from bertray.errors import CheckpointError
 from bertray.weights import Weights
 
-# How the weights are called that give a score to each token of the vocabulary, in BERT, RoBERTa, DistilBERT, ELECTRA's
-# generator and ModernBERT; others have them tied to the table of tokens, and tell by what stands before that.
+# A weight that only the head has which scores the vocabulary, in BERT, RoBERTa, DistilBERT, ELECTRA's generator and
+# ModernBERT. The scoring itself is mostly by the table of tokens.
 _FILLS = (
     "cls.predictions.transform.dense.weight",
     "lm_head.dense.weight",
     "vocab_transform.weight",
     "generator_predictions.dense.weight",
-    "head.dense.weight",
+    "decoder.bias",
 )
 _FOLLOWS = "cls.seq_relationship.weight"
 _FOLLOWING = ("bert", "big_bird", "ernie", "megatron-bert", "mobilebert")  # families that were pretrained on that
@@ -50,9 +50,7 @@ class Heads:
         lacks = f"{checkpoint.name} came without the head for it, as encoders do that were trained further."
         self.no_fills = "" if any(name in weights.shapes for name in _FILLS) else lacks
         if self.no_fills and _DISCRIMINATES in weights.shapes:
-            self.no_fills = (
-                "This is ELECTRA's discriminator, which tells words that were replaced: its generator fills."
-            )
+            self.no_fills = "This is ELECTRA's discriminator, which tells replaced words: its generator fills masks."
         self.no_follows = "" if _FOLLOWS in weights.shapes else lacks
         if self.no_follows and family not in _FOLLOWING:
             self.no_follows = f"No {family} was pretrained on that."

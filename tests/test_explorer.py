@@ -301,11 +301,25 @@ def test_other_families_fill_masked_words(folders, family):
     assert found["follows"] == {"why_not": f"No {family} was pretrained on that.", "probability": None}
 
 
-def test_what_a_checkpoint_cannot_do_is_said(folders):
+def test_what_a_checkpoint_cannot_do_is_said(folders, tmp_path):
     found = explore("I [MASK] you", model=MINILM, show=["pretraining"])["pretraining"]
     assert "without the head" in found["masked"]["why_not"] and found["masked"]["fills"] == []
     found = explore("no masks, and no second text", model=str(folders["bert"]), show=["pretraining"])["pretraining"]
     assert "[MASK]" in found["masked"]["why_not"] and "second text" in found["follows"]["why_not"]
+    import shutil
+
+    import transformers
+
+    for family, kind, says in (
+        ("electra", "ElectraForPreTraining", "ELECTRA's discriminator"),
+        ("modernbert", "ModernBertForSequenceClassification", "without the head"),
+        ("roberta", "RobertaForSequenceClassification", "without the head"),
+    ):
+        folder = tmp_path / family
+        shutil.copytree(folders[family], folder)
+        getattr(transformers, kind).from_pretrained(folder).save_pretrained(folder)
+        found = explore("I [MASK] you", model=str(folder))["pretraining"]
+        assert says in found["masked"]["why_not"] and found["masked"]["fills"] == []
 
 
 # --- predictions ---
