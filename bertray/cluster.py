@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from unittest.mock import patch
@@ -13,8 +13,10 @@ from bertray import solo
 from bertray.errors import ClusterError
 from bertray.progress import log
 from bertray.spec import RaySizes
+from bertray.storage import Location
 
 _CPUS_PER_WORKER = 4  # past that, a worker's threads gain less than another worker does
+_REACH_SECONDS = 60.0  # until a node that does not say what it sees is left to Ray
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,61 @@ def alive_nodes() -> set[str]:
     import ray
 
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def check_reach(files: Sequence[str], folders: Sequence[str]) -> None:
+    """Whether all nodes that may encode see the files that this process sees and can write into its folders, before
+    any of them begins. Nodes that do not answer are left to Ray.
+
+    Args:
+        files: URLs; folders: URLs of folders.
+
+    Raises:
+        ClusterError: a node cannot, with what and why.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    others = [
+        (node["NodeID"], node["NodeManagerAddress"])
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] != here and {"CPU", "GPU"} & {*node["Resources"]}
+    ]
+    asked = {}
+    for node, address in others:
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        reach = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_missed)
+        asked[reach.remote(list(files), list(folders), node)] = address
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_REACH_SECONDS) if asked else ([], [])
+    for answer in answered:
+        try:
+            missed = ray.get(answer)
+        except ray.exceptions.RayError:  # the node has gone meanwhile
+            continue
+        if missed:
+            raise ClusterError(
+                f"The node {asked[answer]} of the Ray cluster cannot be used: {missed}. Put files and output where all "
+                "nodes see the same: on a shared file system, or in an object store."
+            )
+
+
+def _missed(files: Sequence[str], folders: Sequence[str], node: str) -> str:
+    """Which of those this node cannot read or write, and why; empty if none."""
+    for file in files:
+        try:
+            if not Location(file).exists():
+                return f"it does not see {file}"
+        except Exception as error:  # of whatever kind a store's client raises
+            return f"it cannot read {file} ({' '.join(str(error).split())[:200]})"
+    for folder in folders:
+        try:
+            probe = Location(folder) / f".reach-{node}"
+            probe.write(b"")
+            probe.delete()
+        except Exception as error:
+            return f"it cannot write into {folder} ({' '.join(str(error).split())[:200]})"
+    return ""
 
 
 def end_process(node: str, pid: int, title: str) -> None:

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from bertray import solo
 from bertray.checkpoints import Checkpoint
-from bertray.cluster import Workers, alive_nodes, end_process, is_full, plan_workers
+from bertray.cluster import Workers, alive_nodes, check_reach, end_process, is_full, plan_workers
 from bertray.errors import ERRORS, ClusterError
 from bertray.progress import Progress, log
 from bertray.sources import Unit
@@ -33,6 +33,7 @@ from bertray.vectors import with_vectors, with_words
 from bertray.worker import UNITS_AT_ONCE, Job, UnitEncoder
 
 _FAILURES = 3  # of the whole pipeline, one after another without a unit done in between
+_LOOKED_FOR = 3  # files of the source that each node is asked for before it encodes
 _LOOK_SECONDS = 15.0  # most between looks at the encoder processes
 
 
@@ -73,6 +74,11 @@ def embed(
         for receipt in receipts.values():
             rejects[name].add(receipt)
     if todo:
+        check_reach(
+            list(dict.fromkeys(unit.url for _, unit in todo))[:_LOOKED_FOR]
+            + [(split.store.location / "plan.json").url for split in splits],
+            [split.store.url for split in splits],
+        )
         job = Job(
             checkpoint.name,
             spec.revision,

@@ -12,9 +12,10 @@ import time
 import urllib.request
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import ROOT, free_port, wait_until
+from conftest import MINILM, ROOT, free_port, wait_until
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -44,11 +45,11 @@ def cluster(tmp_path_factory):
     shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)
 
 
-def submit(cluster, *command):
+def submit(cluster, *command, options=()):
     deadline = time.monotonic() + 60
     while True:
         done = subprocess.run(
-            [RAY, "job", "submit", "--working-dir", ".", "--", "python", *map(str, command)],
+            [RAY, "job", "submit", "--working-dir", ".", *options, "--", "python", *map(str, command)],
             env=cluster, cwd=ROOT, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         # Ray takes jobs some seconds after `ray start` has returned.
@@ -74,6 +75,34 @@ def test_the_whole_job_is_submitted(cluster):
     bad = submit(cluster, "jobs/embed.py", "jobs/specs/demo.yaml", "--set", "head.lr=x")
     assert bad.returncode != 0
     assert "head.lr must be a number above 0" in bad.stdout + bad.stderr
+
+
+def job(cluster, *arguments):
+    done = subprocess.run([RAY, "job", *arguments], env=cluster, capture_output=True, text=True, timeout=60)
+    return done.stdout + done.stderr
+
+
+def test_a_job_that_is_stopped_goes_on_when_it_is_submitted_again(cluster, rows_file, tmp_path):
+    rows = [{"id": f"r{i}", "text": f"{i} the cat sat on the mat and looked at the rain " * 8} for i in range(1_500)]
+    data = {"train": {"path": rows_file([row | {"label": "x"} for row in rows])}, "id": "id", "unit_rows": 50}
+    spec = {"data": data, "encoder": {"model": MINILM, "pooling": "mean"}, "output": str(tmp_path / "run")}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    first = submit(cluster, "jobs/embed.py", tmp_path / "spec.yaml", options=["--no-wait", "--submission-id", "first"])
+    assert first.returncode == 0, first.stdout + first.stderr
+    wait_until(lambda: len(list(tmp_path.rglob("shards/*.parquet"))) > 3, 90, lambda: job(cluster, "logs", "first"))
+    assert "first" in job(cluster, "stop", "first")
+    wait_until(lambda: "STOPPED" in job(cluster, "status", "first"), 60)
+    assert "embedding: 30 units on" in job(cluster, "logs", "first")
+    done = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("shards/*.parquet")}
+    assert 3 < len(done) < 30
+
+    again = submit(cluster, "jobs/embed.py", tmp_path / "spec.yaml")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert re.search(r"embedding: \d+ of 1500 rows are done already", again.stdout)
+    shards = {path.name: path for path in tmp_path.rglob("shards/*.parquet")}
+    assert len(shards) == 30 and all(shards[name].stat().st_mtime_ns == written for name, written in done.items())
+    ids = [value for path in shards.values() for value in pq.read_table(path, columns=["id"])["id"].to_pylist()]
+    assert sorted(ids) == sorted(row["id"] for row in rows)
 
 
 def test_a_service_is_deployed_and_its_heads_are_swapped_by_its_config(cluster, demo, tmp_path):

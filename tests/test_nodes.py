@@ -1,0 +1,152 @@
+"""A whole job on several nodes over an S3 server: one dies on the way, another comes; a node that sees other files."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from chaos import ENVIRONMENT, bertray
+from conftest import MINILM
+from test_faults import WORDS, ended, wait_for
+
+from bertray.storage import Location
+from bertray.store import Store
+
+pytestmark = pytest.mark.timeout(400)
+ROWS, UNIT = 1_500, 50
+CLUSTER = """
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+nodes = []
+while word := input():
+    if word == "add":
+        nodes.append(cluster.add_node(num_cpus=1))
+        cluster.wait_for_nodes()
+    if word == "kill":
+        cluster.remove_node(nodes[0], allow_graceful=False)
+    print("DONE", cluster.address, *(node.node_id for node in nodes), flush=True)
+cluster.shutdown()
+"""
+
+
+@pytest.fixture
+def cluster(s3, monkeypatch):
+    """A cluster on this machine whose head runs nothing: a function that adds a node of one CPU (`add`) or kills the
+    first one (`kill`), and gives the address and the nodes."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
+        monkeypatch.setitem(ENVIRONMENT, name, os.environ[name])
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER], env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def order(word):
+        process.stdin.write(f"{word}\n")
+        process.stdin.flush()
+        return next(line.split()[1:] for line in process.stdout if line.startswith("DONE"))
+
+    yield order
+    process.communicate("\n", timeout=60)
+
+
+def spec(folder, source, output, **parts):
+    data = {"train": source, "id": "id", "unit_rows": UNIT}
+    encoder = {"model": MINILM, "pooling": "mean", "precision": "fp32"}
+    path = folder / "spec.json"
+    path.write_text(json.dumps({"data": data, "encoder": encoder, "output": output, **parts}))
+    return path
+
+
+def rows():
+    return [{"id": f"r{i}", "text": f"{i} {WORDS}", "label": "ab"[i % 2]} for i in range(ROWS)]
+
+
+def vectors_in(run):
+    """id -> vector of a run's store of training rows, wherever it is."""
+    stores = Location(run) / "stores"
+    (name,) = (name for name in stores.folders() if name.startswith("train-"))
+    store = Store((stores / name).url)
+    vectors, _ = store.load()
+    ids = [one for table in store.tables(["id"]) for one in table["id"].to_pylist()]
+    assert len(set(ids)) == len(ids)
+    return dict(zip(ids, vectors, strict=True))
+
+
+def test_a_node_dies_and_another_comes_and_every_row_is_there_once(cluster, s3, tmp_path):
+    lines = "".join(json.dumps(row) + "\n" for row in rows())
+    Location(f"{s3}/nodes/rows.jsonl").write(lines.encode())
+    cluster("add")
+    address, first, _ = cluster("add")
+    sizes = {"address": address, "workers": 2, "cpus_per_worker": 1, "patience": 8}
+    run = f"{s3}/nodes/run"
+    process = bertray("run", spec(tmp_path, f"{s3}/nodes/rows.jsonl", run, ray=sizes), "--json")
+
+    def on_first():
+        notes = [note for note in (Location(run) / "stores").files() if re.search(r"/running/rows.*json$", note.name)]
+        found = [json.loads((Location(run) / "stores" / note.name).read() or b"{}") for note in notes]
+        return {note["pid"] for note in found if note.get("node") == first}
+
+    pids = wait_for(on_first, process)
+    cluster("kill")
+    for pid in pids:  # as a machine takes its processes along
+        os.kill(pid, signal.SIGKILL)
+    cluster("add")
+    code, output, errors = ended(process, 240)
+    assert code == 0, errors
+    summary = json.loads(output)
+    assert summary["faults"]["units_begun_again"] >= 1
+    found = vectors_in(run)
+    assert len(found) == ROWS
+
+    (tmp_path / "rows.jsonl").write_text(lines)
+    alone = tmp_path / "alone"
+    process = bertray("embed", spec(tmp_path, str(tmp_path / "rows.jsonl"), str(alone), ray={"address": "local"}))
+    assert ended(process, 240)[0] == 0
+    undisturbed = vectors_in(str(alone))
+    assert found.keys() == undisturbed.keys()
+    assert all(np.array_equal(found[name], undisturbed[name]) for name in found)
+
+
+@pytest.fixture
+def node_without():
+    """A function that adds a node to a cluster which sees an empty folder in place of one: in a mount namespace of its
+    own."""
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("mount namespaces are not allowed here")
+    started = []
+
+    def add(address, folder):
+        ray = f"{sys.executable} -m ray.scripts.scripts start --block --address={address} --num-cpus=1"
+        command = f"mount -t tmpfs none {folder} && exec {ray} --disable-usage-stats"
+        started.append(subprocess.Popen(["unshare", "--mount", "sh", "-c", command], env=ENVIRONMENT))
+
+    yield add
+    for process in started:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.mark.parametrize("kind", ["rows", "run"])
+def test_a_node_that_does_not_see_the_files_is_told_before_anything_is_encoded(cluster, node_without, tmp_path, kind):
+    for name in ("rows", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "rows" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()[:200]))
+    address = cluster("add")[0]
+    node_without(address, tmp_path / kind)
+    count = f"import ray; ray.init({address!r}, log_to_driver=False); print('NODES', len(ray.nodes()))"
+
+    def joined():
+        done = subprocess.run(
+            [sys.executable, "-c", count], env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+        )
+        return "NODES 3" in done.stdout
+
+    wait_for(joined)
+    file = spec(tmp_path, str(tmp_path / "rows" / "rows.jsonl"), str(tmp_path / "run"), ray={"address": address})
+    code, _, errors = ended(bertray("embed", file))
+    assert code == 2, errors
+    assert re.search(rf"The node \S+ of the Ray cluster cannot be used: it does not see \S*/{kind}/", errors), errors
+    assert "Traceback" not in errors and not list(tmp_path.rglob("*.parquet"))
