@@ -83,7 +83,7 @@ def job(cluster, *arguments):
 
 
 def test_a_job_that_is_stopped_goes_on_when_it_is_submitted_again(cluster, rows_file, tmp_path):
-    rows = [{"id": f"r{i}", "text": f"{i} the cat sat on the mat and looked at the rain " * 8} for i in range(1_500)]
+    rows = [{"id": f"r{i}", "text": f"{i} the cat sat on the mat and looked at the rain " * 8} for i in range(4_000)]
     data = {"train": {"path": rows_file([row | {"label": "x"} for row in rows])}, "id": "id", "unit_rows": 50}
     spec = {"data": data, "encoder": {"model": MINILM, "pooling": "mean"}, "output": str(tmp_path / "run")}
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
@@ -91,16 +91,16 @@ def test_a_job_that_is_stopped_goes_on_when_it_is_submitted_again(cluster, rows_
     assert first.returncode == 0, first.stdout + first.stderr
     wait_until(lambda: len(list(tmp_path.rglob("shards/*.parquet"))) > 3, 90, lambda: job(cluster, "logs", "first"))
     assert "first" in job(cluster, "stop", "first")
-    wait_until(lambda: "STOPPED" in job(cluster, "status", "first"), 60)
-    assert "embedding: 30 units on" in job(cluster, "logs", "first")
+    wait_until(lambda: "was stopped" in job(cluster, "status", "first"), 60, lambda: job(cluster, "status", "first"))
+    assert "embedding: 80 units on" in job(cluster, "logs", "first")
     done = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("shards/*.parquet")}
-    assert 3 < len(done) < 30
+    assert 3 < len(done) < 80
 
     again = submit(cluster, "jobs/embed.py", tmp_path / "spec.yaml")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert re.search(r"embedding: \d+ of 1500 rows are done already", again.stdout)
+    assert re.search(r"embedding: \d+ of 4000 rows are done already", again.stdout)
     shards = {path.name: path for path in tmp_path.rglob("shards/*.parquet")}
-    assert len(shards) == 30 and all(shards[name].stat().st_mtime_ns == written for name, written in done.items())
+    assert len(shards) == 80 and all(shards[name].stat().st_mtime_ns == written for name, written in done.items())
     ids = [value for path in shards.values() for value in pq.read_table(path, columns=["id"])["id"].to_pylist()]
     assert sorted(ids) == sorted(row["id"] for row in rows)
 
