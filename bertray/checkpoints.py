@@ -36,8 +36,6 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
 )
 _HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", *_TOKENIZER_FILES]
-
-
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
