@@ -195,7 +195,8 @@ class _Api:
         if len(texts) not in (1, 2):
             raise Refused(422, f"inputs must be a text, or a list of two. Got a list of {len(texts)}.")
         given = Input(texts[0].text, texts[1].text if len(texts) > 1 else None)
-        found = await self._unless_gone(request, self.service.explore(given, body.dims, self.limits.deadline))
+        work = self.service.explore(given, body.show, body.dims, self.limits.deadline)
+        found = await self._unless_gone(request, work)
         return Response(found, media_type="application/json", headers={"cache-control": "no-store"})
 
     # --- heads --------------------------------------------------------------------------------------------

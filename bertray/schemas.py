@@ -92,6 +92,9 @@ class Explore(_Body):
             ]
         },
     )
+    show: list[Literal["tokens", "tables", "architecture", "outputs", "pretraining"]] = Field(
+        [], description="some of these alone; left out, all of them", fail_fast=True
+    )
     dims: Annotated[Annotated[StrictInt, Field(ge=1, le=4096)], _whole] = Field(
         10, description="how many numbers of each vector are given"
     )

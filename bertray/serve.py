@@ -117,15 +117,16 @@ class Encoders:
                 self._readings[reading] = self._encoder.reading(spec, reading.part, wanted)
             return self._readings[reading]
 
-    async def explore(self, given: Input, dims: int) -> bytes | Exception:
+    async def explore(self, given: Input, show: Sequence[str], dims: int) -> bytes | Exception:
         """What `explorer.explore` gives of this process's checkpoint, as JSON, or what went wrong, which is not taken
         for the end of the process. In a thread of its own, one text after another: what is encoded does not wait for
         it, and what nobody waits for any more is not begun."""
-        return await asyncio.get_running_loop().run_in_executor(self._exploring, self._explore, given, dims)
+        return await asyncio.get_running_loop().run_in_executor(self._exploring, self._explore, given, show, dims)
 
-    def _explore(self, given: Input, dims: int) -> bytes | Exception:
+    def _explore(self, given: Input, show: Sequence[str], dims: int) -> bytes | Exception:
+        sections = [name for name in OF_TEXTS if name in show or not show]
         try:
-            return orjson.dumps(plain(self._explorer.look(given.text, given.pair, OF_TEXTS, dims)))
+            return orjson.dumps(plain(self._explorer.look(given.text, given.pair, sections, dims)))
         except Exception as error:
             return error
 
@@ -188,9 +189,9 @@ class _Fleet:
             for i in range(len(inputs))
         ]
 
-    async def explore(self, given: Input, dims: int) -> bytes:
+    async def explore(self, given: Input, show: Sequence[str], dims: int) -> bytes:
         """As `service.Explore`."""
-        found = await self._asked(self._handle.explore, given, dims)
+        found = await self._asked(self._handle.explore, given, list(show), dims)
         if isinstance(found, Exception):
             raise found
         return bytes(found)

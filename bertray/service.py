@@ -23,8 +23,9 @@ from bertray.storage import Location
 _PROBE = "a plain text"
 _EXPLORED = 8  # texts that may wait to be looked into: each takes as long as dozens that are encoded
 
-# Looks into a text or a pair, with so many numbers of each vector: `explorer.explore` as JSON. Raises Lost.
-Explore = Callable[[Input, int], Awaitable[bytes]]
+# Looks into a text or a pair, for those sections, with so many numbers of each vector: `explorer.explore` as JSON.
+# Raises Lost.
+Explore = Callable[[Input, Sequence[str], int], Awaitable[bytes]]
 
 
 class Wrong(BertrayError):
@@ -191,7 +192,7 @@ class Service:
             "words": words,
         }
 
-    async def explore(self, given: Input, dims: int, seconds: float) -> bytes:
+    async def explore(self, given: Input, show: Sequence[str], dims: int, seconds: float) -> bytes:
         """What the encoder sees of a text or a pair: `explorer.explore` as JSON.
 
         Raises:
@@ -203,7 +204,7 @@ class Service:
         self._explored += 1
         try:
             async with asyncio.timeout(seconds), self._exploring:
-                return await self._explore(given, dims)
+                return await self._explore(given, show, dims)
         except TimeoutError:
             raise Late(f"Not looked into within {seconds:g} s.") from None
         except Lost:

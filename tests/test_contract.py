@@ -516,6 +516,39 @@ def test_refusals_say_what_is_wrong(open_service, body, status, kind, words):
 
 
 @pytest.mark.parametrize(
+    ("body", "status", "kind", "words"),
+    [
+        ({"inputs": []}, 422, "validation", ["a list of two. Got a list of 0"]),
+        ({"inputs": ["a", "b", "c"]}, 422, "validation", ["Got a list of 3"]),
+        ({"inputs": ["a", 1]}, 422, "validation", ["inputs[1]"]),
+        ({"inputs": "a", "show": ["prediction"]}, 422, "validation", ["show[0]"]),
+        ({"inputs": "a", "show": [1] * 100_000}, 422, "validation", ["show[0]"]),
+        ({"inputs": "a", "dims": 0}, 422, "validation", ["dims"]),
+        ({"inputs": "a" * 100_001}, 413, "too_large", ["At most 100000 characters"]),
+    ],
+)
+def test_what_cannot_be_looked_into(open_service, body, status, kind, words):
+    refused(ask(open_service, "POST", "/v1/explore", body), status, kind, *words)
+
+
+def test_a_text_is_looked_into_as_in_python(open_service):
+    from bertray.explorer import explore, plain
+
+    for inputs in ("I [MASK] cold water", ["the river bank", "a bank 😀"], "", "word " * 600):
+        texts = [inputs] if isinstance(inputs, str) else inputs
+        status, headers, found = ask(open_service, "POST", "/v1/explore", {"inputs": inputs, "dims": 4})
+        expected = json.loads(json.dumps(plain(explore(*texts, model=MINILM, dims=4))))
+        assert status == 200 and headers["cache-control"] == "no-store"
+        assert {name: found[name] for name in ("texts", "notes", "tokens", "architecture", "pretraining")} == {
+            name: expected[name] for name in ("texts", "notes", "tokens", "architecture", "pretraining")
+        }
+        states = (one["outputs"]["last_hidden_state"]["values"] for one in (found, expected))
+        np.testing.assert_allclose(*states, atol=1e-4)
+    _, _, found = ask(open_service, "POST", "/v1/explore", {"inputs": "a", "show": ["outputs", "tokens"]})
+    assert list(found)[4:] == ["tokens", "outputs"]
+
+
+@pytest.mark.parametrize(
     ("method", "path", "status", "kind"),
     [
         ("GET", "/nothing", 404, "not_found"),

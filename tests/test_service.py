@@ -1,6 +1,7 @@
 """What a service does with texts that are looked into: one at a time, some may wait, and all ends are told."""
 
 import asyncio
+import json
 
 import pytest
 
@@ -16,7 +17,7 @@ def service(explore):
 def test_one_text_is_looked_into_at_a_time_and_few_wait():
     at_once, most = 0, 0
 
-    async def explore(given, dims):
+    async def explore(given, show, dims):
         nonlocal at_once, most
         at_once += 1
         most = max(most, at_once)
@@ -26,9 +27,9 @@ def test_one_text_is_looked_into_at_a_time_and_few_wait():
 
     async def ask():
         own = service(explore)
-        asked = (own.explore(Input(str(i)), i, 10) for i in range(12))
+        asked = (own.explore(Input(str(i)), [], i, 10) for i in range(12))
         found = await asyncio.gather(*asked, return_exceptions=True)
-        again = await own.explore(Input("later"), 3, 10)
+        again = await own.explore(Input("later"), [], 3, 10)
         return found, again
 
     found, again = asyncio.run(ask())
@@ -41,19 +42,19 @@ def test_one_text_is_looked_into_at_a_time_and_few_wait():
     ("error", "told"), [(Lost("x"), Unavailable), (CheckpointError("no pooler"), Wrong), (TimeoutError(), Late)]
 )
 def test_what_goes_wrong_is_told(error, told):
-    async def explore(given, dims):
+    async def explore(given, show, dims):
         raise error
 
     with pytest.raises(told):
-        asyncio.run(service(explore).explore(Input("a"), 10, 10))
+        asyncio.run(service(explore).explore(Input("a"), [], 10, 10))
 
 
 def test_whoever_waits_too_long_is_told():
-    async def explore(given, dims):
+    async def explore(given, show, dims):
         await asyncio.sleep(60)
 
     with pytest.raises(Late, match=r"within 0\.05 s"):
-        asyncio.run(service(explore).explore(Input("a"), 10, 0.05))
+        asyncio.run(service(explore).explore(Input("a"), [], 10, 0.05))
 
 
 def test_what_nobody_waits_for_any_more_is_not_looked_into(demo):
@@ -77,16 +78,16 @@ def test_what_nobody_waits_for_any_more_is_not_looked_into(demo):
     reading = Reading(512, "truncate", 0, "text", bundle.features)
 
     async def ask():
-        tasks = [asyncio.ensure_future(own.explore(Input(f"text {i}"), 10)) for i in range(8)]
+        tasks = [asyncio.ensure_future(own.explore(Input(f"text {i}"), [], 10)) for i in range(8)]
         await asyncio.sleep(0.1)
         for task in tasks:
             task.cancel()
         begun = time.perf_counter()
         await own.encode(reading, [Input("a text")])
         encoded = time.perf_counter() - begun
-        found = await own.explore(Input("the last"), 10)
+        found = await own.explore(Input("the last"), ["tokens"], 10)
         return encoded, found
 
     encoded, found = asyncio.run(ask())
     assert looked == ["text 0", "the last"] and encoded < 0.25
-    assert found.startswith(b'{"model"')
+    assert list(json.loads(found)) == ["model", "texts", "notes", "about", "tokens"]
