@@ -85,9 +85,10 @@ def test_a_node_dies_and_another_comes_and_every_row_is_there_once(cluster, s3, 
     process = bertray("run", spec(tmp_path, f"{s3}/nodes/rows.jsonl", run, ray=sizes), "--json")
 
     def on_first():
-        notes = [note for note in (Location(run) / "stores").files() if re.search(r"/running/rows.*json$", note.name)]
-        found = [json.loads((Location(run) / "stores" / note.name).read() or b"{}") for note in notes]
-        return {note["pid"] for note in found if note.get("node") == first}
+        stores = [Store((Location(run) / "stores" / name).url) for name in (Location(run) / "stores").folders()]
+        units = [(store, file.name.removesuffix(".json")) for store in stores for file in store.attempts()]
+        notes = [store.attempt(unit) for store, unit in units if unit.startswith("rows")]
+        return {note.pid for note in notes if note and note.node == first}
 
     pids = wait_for(on_first, process)
     cluster("kill")
