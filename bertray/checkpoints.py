@@ -36,7 +36,6 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
 )
 _HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", *_TOKENIZER_FILES]
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,12 @@ class Checkpoint:
     @property
     def has_weights(self) -> bool:
         """Whether the folder holds weights, and not a tokenizer alone."""
-        return any(any(self.folder.glob(pattern)) for pattern in _WEIGHTS)
+        return bool(weight_files(self.folder))
 
     @cached_property
     def weights_hash(self) -> str:
         """sha256 over the files that hold weights and config."""
-        weights = sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("pytorch_model*.bin"))
+        weights = weight_files(self.folder)
         return _sha256(weights if len(weights) != 1 else weights[0])
 
     @cached_property
@@ -81,6 +80,11 @@ class Checkpoint:
             "config": _sha256(self.folder / "config.json"),
             "tokenizer": _sha256(tokenizer),
         }
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint's folder that hold its weights."""
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
 def find(name: str, revision: str = "main", weights: bool = True) -> Checkpoint:

@@ -64,21 +64,21 @@ def page(plain: Found) -> bytes:
 def _tokens(tokens: Found, found: Found) -> Iterator[str]:
     yield ""
     yield "place  token                    id  type  mask  position  characters"
-    for token in _some(tokens["tokens"]):
-        if isinstance(token, str):
-            yield token
-            continue
-        span = "" if token["start"] is None else f"{token['start']}-{token['stop']}"
-        yield (
-            f"{token['place']:>5}  {_fit(token['token'], 18)}  {token['id']:>7}  {token['type']:>4}  "
-            f"{token['mask']:>4}  {token['position']:>8}  {span}"
-        ).rstrip()
+    yield from _some(tokens["tokens"], _token)
     several = [word for word in tokens["words"] if len(word["pieces"]) > 1]
     yield from _listed("In pieces", [_clean(f"{word['read_as']} = {' '.join(word['pieces'])}") for word in several])
     changed = [f"{_clean(word['text'])} as {_clean(word['read_as'])}" for word in tokens["changed"]]
     yield from _listed("Read otherwise", changed)
     yield from _listed("Not in the vocabulary", [_clean(word["text"]) for word in tokens["unknown"]])
     yield from _listed("Dropped", [f"{_clean(run['text'])} at {run['start']}" for run in tokens["dropped"]])
+
+
+def _token(token: Found) -> str:
+    span = "" if token["start"] is None else f"{token['start']}-{token['stop']}"
+    return (
+        f"{token['place']:>5}  {_fit(token['token'], 18)}  {token['id']:>7}  {token['type']:>4}  "
+        f"{token['mask']:>4}  {token['position']:>8}  {span}"
+    ).rstrip()
 
 
 def _tables(tables: Found, found: Found) -> Iterator[str]:
@@ -89,36 +89,35 @@ def _tables(tables: Found, found: Found) -> Iterator[str]:
             for row, values in enumerate(table["values"]):
                 yield _numbers(f"  row {row}", values, "{:>9.4f}", 7)
     given = tables["input"]
-    names = found.get("tokens", {}).get("tokens") or [{"token": str(place)} for place in range(len(given["sum"]))]
+    names = _names(found, len(given["sum"]))
     kinds = [kind for kind in ("token", "position", "type", "sum", "normalized") if kind in given]
     place = min(1, len(given["sum"]) - 1)
     yield ""
-    yield from _wrapped(f"How they add up for {_clean(names[place]['token'])}, first numbers:")
+    yield from _wrapped(f"How they add up for {names[place]}, first numbers:")
     signs = {kind: "+" for kind in kinds} | {kinds[0]: " ", "sum": "=", "normalized": ">"}
     for kind in kinds:
         yield _numbers(f"  {signs[kind]} {kind}", given[kind][place], "{:>9.4f}", 6, 16)
     yield ""
     yield "Lengths (norms) of those vectors:"
     yield " " * _LABEL + "".join(f"{kind:>12}" for kind in kinds)
-    for row in _some(list(range(len(given["sum"])))):
-        if isinstance(row, str):
-            yield row
-            continue
-        yield _fit(names[row]["token"], _LABEL) + "".join(f"{given['norms'][kind][row]:>12.3f}" for kind in kinds)
+    norms = np.stack([given["norms"][kind] for kind in kinds], 1)
+    yield from _some(
+        range(len(norms)), lambda row: _fit(names[row], _LABEL) + "".join(f"{norm:>12.3f}" for norm in norms[row])
+    )
     if tables["neighbours"]:
         yield ""
         yield "Nearest in the token table (cosine):"
-    for token in _some(tables["neighbours"]):
-        if isinstance(token, str):
-            yield token
-            continue
-        near = ", ".join(f"{_clean(other['token'])} {other['cosine']:.2f}" for other in token["nearest"])
-        yield _cut(f"{_fit(token['token'], _LABEL)}  {near}")
+    yield from _some(tables["neighbours"], _neighbour)
     if positions := tables["positions"]:
         first, last = positions["places"][0], positions["places"][-1]
         yield ""
         yield from _wrapped(f"Positions {first} to {last} of their table beside one another, by cosine: {_scale()}")
         yield from _picture(np.asarray(positions["cosine"]))
+
+
+def _neighbour(token: Found) -> str:
+    near = ", ".join(f"{_clean(other['token'])} {other['cosine']:.2f}" for other in token["nearest"])
+    return _cut(f"{_fit(token['token'], _LABEL)}  {near}")
 
 
 def _architecture(built: Found, found: Found) -> Iterator[str]:
@@ -143,13 +142,13 @@ def _architecture(built: Found, found: Found) -> Iterator[str]:
 
 
 def _outputs(outputs: Found, found: Found) -> Iterator[str]:
-    tokens = found.get("tokens", {}).get("tokens")
     values = outputs["last_hidden_state"]["values"]
-    names = [_clean(token["token"]) for token in tokens] if tokens else list(map(str, range(len(values))))
+    names = _names(found, len(values))
     yield ""
     yield f"last_hidden_state {outputs['last_hidden_state']['shape']}, first numbers of each token's vector"
-    for row in _some(list(range(len(values)))):
-        yield row if isinstance(row, str) else _numbers(_fit(names[row], _LABEL), values[row], "{:>6.2f}", 11, _LABEL)
+    yield from _some(
+        range(len(values)), lambda row: _numbers(_fit(names[row], _LABEL), values[row], "{:>6.2f}", 11, _LABEL)
+    )
     yield ""
     if pooled := outputs["pooler_output"]:
         yield _cut(f"pooler_output {pooled['shape']}: tanh(dense({names[0]})), first numbers")
@@ -167,19 +166,15 @@ def _outputs(outputs: Found, found: Found) -> Iterator[str]:
     if len(names) > _SQUARE and outputs["cosine"] is not None:
         yield ""
         yield from _wrapped("Maps of token by token are on the page (--html FILE).")
-    yield from _movement(outputs["movement"], names)
+    yield ""
+    yield "How far each token has moved: cosine to what the first layer was given"
+    yield from _layers(names, np.asarray(outputs["movement"]["from_first"]).T)
     if outputs["same_words"]:
         yield ""
         yield "The same word in both texts, each read by itself: cosine behind each layer"
         yield from _layers(
             [word["word"] for word in outputs["same_words"]], [w["cosine"] for w in outputs["same_words"]]
         )
-
-
-def _movement(movement: Found, names: Sequence[str]) -> Iterator[str]:
-    yield ""
-    yield "How far each token has moved: cosine to what the first layer was given"
-    yield from _layers(names, np.asarray(movement["from_first"]).T)
 
 
 def _pretraining(tasks: Found, found: Found) -> Iterator[str]:
@@ -208,13 +203,8 @@ def _prediction(prediction: Found, found: Found) -> Iterator[str]:
     if prediction["why_not"]:
         yield from _wrapped(prediction["why_not"])
         return
-    for score in _some(prediction["scores"]):
-        if isinstance(score, str):
-            yield score
-        elif prediction["problem"] == "regression":
-            yield f"  {_fit(score['label'], 24)} {score['score']:.4f}"
-        else:
-            yield f"  {_fit(score['label'], 24)} {_bar(score['score'])}"
+    shown = "{:.4f}".format if prediction["problem"] == "regression" else _bar
+    yield from _some(prediction["scores"], lambda each: f"  {_fit(each['label'], 24)} {shown(each['score'])}")
     label = _clean(prediction["explained"])
     for title, name, key in (
         (f"By how much {label} falls without each word (occlusion)", "words", "text"),
@@ -263,11 +253,9 @@ def _layers(names: Sequence[str], rows: Any) -> Iterator[str]:
     step = -(-rows.shape[1] // _LAYERS)
     chosen = list(range(rows.shape[1] - 1, -1, -step))[::-1]
     yield "layer".ljust(_LABEL) + "".join(f"{layer:>5}" for layer in chosen)
-    for row in _some(list(range(len(names)))):
-        if isinstance(row, str):
-            yield row
-        else:
-            yield _fit(names[row], _LABEL) + "".join(f"{rows[row, layer]:>5.2f}" for layer in chosen)
+    yield from _some(
+        range(len(names)), lambda row: _fit(names[row], _LABEL) + "".join(f"{rows[row, i]:>5.2f}" for i in chosen)
+    )
 
 
 def _picture(values: NDArray[Any]) -> Iterator[str]:
@@ -286,13 +274,13 @@ def _signed(rows: Sequence[Found], key: str) -> Iterator[str]:
     """Weights as bars to the left and to the right."""
     most = max((abs(row["weight"]) for row in rows), default=0) or 1
     half = 20
-    for row in _some(rows):
-        if isinstance(row, str):
-            yield row
-            continue
+
+    def line(row: Found) -> str:
         length = round(half * abs(row["weight"]) / most)
         left, right = ("█" * length, "") if row["weight"] < 0 else ("", "█" * length)
-        yield f"  {_fit(row[key], 20)} {row['weight']:>+8.4f} {left:>{half}}│{right}".rstrip()
+        return f"  {_fit(row[key], 20)} {row['weight']:>+8.4f} {left:>{half}}│{right}".rstrip()
+
+    yield from _some(rows, line)
 
 
 def _bar(share: float) -> str:
@@ -324,9 +312,15 @@ def _listed(title: str, given: Iterable[str]) -> Iterator[str]:
         yield from _wrapped(f"{title}: {'; '.join(items[:_MOST])}{more}")
 
 
-def _some(items: Sequence[Any]) -> Iterator[Any]:
-    """The first items, and a line that says how many more there are."""
-    yield from items[:_MOST]
+def _names(found: Found, count: int) -> list[str]:
+    """What so many tokens are called: their places, where tokens are not shown."""
+    tokens = found.get("tokens", {}).get("tokens")
+    return [_clean(token["token"]) for token in tokens] if tokens else list(map(str, range(count)))
+
+
+def _some(items: Sequence[Any], line: Callable[[Any], str]) -> Iterator[str]:
+    """A line each of the first items, and one that says how many more there are."""
+    yield from map(line, items[:_MOST])
     if len(items) > _MOST:
         yield f"... and {len(items) - _MOST:,} more (--json has all)"
 

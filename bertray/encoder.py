@@ -404,6 +404,26 @@ class _Facts:
             )
 
 
+def pretrained(checkpoint: Checkpoint, kind: str, **settings: Any) -> tuple[Any, set[str]]:
+    """A checkpoint in float32 on the CPU as a model of transformers, such as `AutoModel`, and the weights it lacks.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    import transformers
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what a checkpoint has beyond the model is no news, and what it lacks is given
+    try:
+        model, info = getattr(transformers, kind).from_pretrained(
+            checkpoint.folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, **settings
+        )
+    except Exception as error:  # transformers raises many kinds: say what it said
+        raise CheckpointError(f"{checkpoint.name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    return model.eval(), set(info["missing_keys"])
+
+
 def load(checkpoint: Checkpoint, attention: str = "") -> tuple[Any, _Facts]:
     """The model in float32 on the CPU, without a pooler that was never trained.
 
@@ -413,22 +433,7 @@ def load(checkpoint: Checkpoint, attention: str = "") -> tuple[Any, _Facts]:
     Raises:
         CheckpointError: it cannot be loaded, or lacks weights.
     """
-    from transformers import AutoModel
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # what a checkpoint has beyond the encoder is no news, what it lacks is told below
-    try:
-        model, info = AutoModel.from_pretrained(
-            checkpoint.folder,
-            dtype=torch.float32,
-            output_loading_info=True,
-            local_files_only=True,
-            **({"attn_implementation": attention} if attention else {}),
-        )
-    except Exception as error:  # transformers raises many kinds: say what it said
-        raise CheckpointError(f"{checkpoint.name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    missing = set(info["missing_keys"])
+    model, missing = pretrained(checkpoint, "AutoModel", **({"attn_implementation": attention} if attention else {}))
     pooler = {key for key in missing if "pooler" in key}
     if missing - pooler:
         raise CheckpointError(
@@ -448,4 +453,4 @@ def load(checkpoint: Checkpoint, attention: str = "") -> tuple[Any, _Facts]:
         getattr(config, "type_vocab_size", 0) > 1,
         getattr(model, "pooler", None) is not None,
     )
-    return model.eval().requires_grad_(False), facts
+    return model.requires_grad_(False), facts

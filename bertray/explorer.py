@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bertray.pretraining import Heads
     from bertray.reading import Reading
 
-MOST_MAPPED = 64  # tokens of a text that maps of token by token are made of
+_MOST_MAPPED = 64  # tokens of a text that maps of token by token are made of
 _MOST_READ = 512  # tokens, of models that can read thousands
 _NEIGHBOURS = 5  # of a token in its table
 _CANDIDATES = 5  # for a masked word
@@ -210,7 +210,7 @@ class Explorer:
         read = self._read(text, pair, bundle)
         passage = None
         if {"tables", "outputs"} & {*sections}:
-            passage = self._passage(read, keep=len(read.ids) <= MOST_MAPPED)
+            passage = self._passage(read, keep=len(read.ids) <= _MOST_MAPPED)
         shown: Found = {}
         for name in sections:
             if name == "tokens":
@@ -258,8 +258,8 @@ class Explorer:
             outputs, count = shown["outputs"], len(read.ids)
             if outputs["pooler_output"] is None:
                 yield "This checkpoint has no trained pooler, and so no pooler_output."
-            if count > MOST_MAPPED:
-                yield f"Maps of token by token are made for up to {MOST_MAPPED} tokens; here are {count:,}."
+            if count > _MOST_MAPPED:
+                yield f"Maps of token by token are made for up to {_MOST_MAPPED} tokens; here are {count:,}."
             elif outputs["attention"] is None:
                 yield "This encoder does not tell its attention."
 
@@ -419,11 +419,10 @@ def _input(passage: "Passage", dims: int) -> Found:
 
 def _outputs(passage: "Passage", dims: int) -> Found:
     states = _states(passage)
-    last, few = states[-1], states.shape[1] <= MOST_MAPPED
-    pooled = None if passage.pooled is None else _array(passage.pooled)
-    poolings = {"cls": last[0], "mean": last.mean(0), "max": last.max(0)}
-    if pooled is not None:
-        poolings["pooler"] = pooled
+    last, few = states[-1], states.shape[1] <= _MOST_MAPPED
+    names = ("cls", "mean", "max", *(["pooler"] if passage.pooled is not None else []))
+    poolings = {name: _array(passage.vector(name, -1)) for name in names}
+    pooled = poolings.get("pooler")
     unit = _unit(states)
     return {
         "last_hidden_state": {"shape": [1, *last.shape], "values": last[:, : dims or None]},

@@ -78,6 +78,14 @@ class Passage:
     attention: list[Tensor]
     pooled: Tensor | None
 
+    def vector(self, pooling: str, layer: int) -> Tensor:
+        """[W] the text as one vector: what `features.Feature` names. With `pooler` there has to be one."""
+        if pooling == "pooler":
+            assert self.pooled is not None
+            return self.pooled
+        state = self.states[layer]
+        return state.mean(0) if pooling == "mean" else state.amax(0) if pooling == "max" else state[0]
+
 
 class Layers:
     """A checkpoint that texts are taken through. What it takes is read when it is first needed."""

@@ -76,24 +76,15 @@ class Heads:
 
     @cached_property
     def _model(self) -> Any:
-        from transformers import AutoModelForMaskedLM, AutoModelForNextSentencePrediction, AutoModelForPreTraining
-        from transformers.utils import logging
+        from bertray.encoder import pretrained
 
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-        kind = AutoModelForMaskedLM
+        kind = "AutoModelForMaskedLM"
         if not self.no_follows:
-            kind = AutoModelForNextSentencePrediction if self.no_fills else AutoModelForPreTraining
-        name = self._checkpoint.name
-        try:
-            model, info = kind.from_pretrained(
-                self._checkpoint.folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
-            )
-        except Exception as error:  # transformers raises many kinds: say what it said
-            raise CheckpointError(f"{name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-        if lacking := {weight for weight in info["missing_keys"] if "pooler" not in weight}:
-            raise CheckpointError(f"{name} lacks weights, such as {min(lacking)}.")
-        return model.eval()
+            kind = "AutoModelForNextSentencePrediction" if self.no_fills else "AutoModelForPreTraining"
+        model, missing = pretrained(self._checkpoint, kind)
+        if lacking := {weight for weight in missing if "pooler" not in weight}:
+            raise CheckpointError(f"{self._checkpoint.name} lacks weights, such as {min(lacking)}.")
+        return model
 
 
 def _output(model: Any, ids: Sequence[int], types: Sequence[int]) -> Any:

@@ -50,24 +50,22 @@ def reasons(bundle: Bundle, url: str, text: str, pair: str | None, see: See) -> 
     """
     predictor = Predictor(bundle)
     texts = [text] if pair is None else [text, pair]
-    label = predictor.predict(*[[given] for given in texts]).labels[0]
-    unsure = label is None and bundle.form == "name"
-    found: Found = {
-        "bundle": url,
-        "task": bundle.task,
-        "problem": bundle.problem,
-        "label": label,
-        "told": "not sure enough" if unsure else answers.told(label),
-        "why_not": "",
-    }
+    asked = [[given] for given in texts]
+    found: Found = {"bundle": url, "task": bundle.task, "problem": bundle.problem}
     if bundle.task != "text-classification":
-        return found | {"why_not": f"Answers of {bundle.task} are not explained."}
-    vectors = predictor.vectors(*[[given] for given in texts])
-    scores = answers.scores(bundle, bundle.head.logits(vectors))[0]
+        why_not = f"Answers of {bundle.task} are not explained."
+        return found | _told(bundle, predictor.predict(*asked).labels[0]) | {"why_not": why_not}
+    vectors = predictor.vectors(*asked)
+    logits = bundle.head.logits(vectors)
+    label = answers.columns(bundle, logits, [text])["predicted"][0].as_py()
+    scores = answers.scores(bundle, logits)[0]
     order = np.argsort(-scores, kind="stable").tolist()
     best = order[0]
     nearest, why_no_nearest = _nearest(bundle, url, vectors[0])
-    return found | {
+    return {
+        **found,
+        **_told(bundle, label),
+        "why_not": "",
         "scores": [{"label": bundle.labels[i], "score": float(scores[i])} for i in order],
         "explained": bundle.labels[best],
         "words": _occlusion(predictor, texts, best, float(scores[best])),
@@ -75,6 +73,11 @@ def reasons(bundle: Bundle, url: str, text: str, pair: str | None, see: See) -> 
         "nearest": nearest,
         "why_no_nearest": why_no_nearest,
     }
+
+
+def _told(bundle: Bundle, label: Any) -> Found:
+    unsure = label is None and bundle.form == "name"
+    return {"label": label, "told": "not sure enough" if unsure else answers.told(label)}
 
 
 def _occlusion(predictor: Predictor, texts: Sequence[str], label: int, score: float) -> list[Found]:
@@ -100,7 +103,7 @@ def _gradients(bundle: Bundle, text: str, pair: str | None, label: int, see: See
     mean, since only differences between them count. In fp32; of a text in several windows, for the first."""
     sides = [see(text, pair)] if not bundle.siamese else [see(text, None), see(pair or "", None)]
     features = list(map(parse, bundle.features))
-    vectors = [torch.cat([_pooled(side.passage, *feature) for feature in features])[None] for side in sides]
+    vectors = [torch.cat([side.passage.vector(*feature) for feature in features])[None] for side in sides]
     seen = related(*vectors) if bundle.siamese else vectors[0]
     logits = (seen @ torch.from_numpy(bundle.head.weight).T)[0]
     logit = logits[label] - (logits.mean() if bundle.problem == "single_label" else 0)
@@ -113,14 +116,6 @@ def _gradients(bundle: Bundle, text: str, pair: str | None, label: int, see: See
             of = place if bundle.siamese else token["of"]
             found.append({"token": token["token"], "of": of, "special": token["special"], "weight": weight})
     return found
-
-
-def _pooled(passage: Passage, pooling: str, layer: int) -> torch.Tensor:
-    if pooling == "pooler":
-        assert passage.pooled is not None
-        return passage.pooled
-    state = passage.states[layer]
-    return state.mean(0) if pooling == "mean" else state.amax(0) if pooling == "max" else state[0]
 
 
 def _nearest(bundle: Bundle, url: str, vector: NDArray[np.float32]) -> tuple[list[Found], str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bertray.checkpoints import weight_files
 from bertray.errors import CheckpointError
 
 _KINDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors says it, and torch
@@ -73,15 +74,14 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Any, tuple[int, ...], str]]:
     """Name, what gives it in slices, shape and type of each tensor."""
     from safetensors import safe_open
 
-    if files := sorted(folder.glob("*.safetensors")):
-        for file in files:
+    known = set()
+    for file in weight_files(folder):
+        if file.suffix == ".safetensors":
             opened = safe_open(file, "pt")
             for name in opened.keys():  # noqa: SIM118 - it is no dict
                 part = opened.get_slice(name)
                 yield name, part, tuple(part.get_shape()), _KINDS.get(part.get_dtype(), "")
-        return
-    known = set()
-    for file in sorted(folder.glob("pytorch_model*.bin")):
+            continue
         mapped = zipfile.is_zipfile(file)  # files from before torch 1.6 are not
         for name, tensor in torch.load(file, map_location="cpu", mmap=mapped, weights_only=True).items():
             place = tensor.data_ptr(), tensor.shape

@@ -1,5 +1,5 @@
 // The page: texts or a file in, a head's answers out. What people wrote is shown as text alone.
-import { make } from "./make.js";
+import { bar, make, percent, signed, whole } from "./make.js";
 
 const MAX_ROWS = 5000, CHUNK = 64, IN_FLIGHT = 2, TRIES = 30, SHOWN = 6;
 const $ = (id) => document.getElementById(id);
@@ -12,10 +12,7 @@ const stored = (use) => {
 };
 const now = { heads: [], head: null, limits: {}, key: stored((storage) => storage.getItem("bertray-key")), table: null, job: null, asking: null };
 
-const whole = (n) => n.toLocaleString("en");
 const count = (n, noun) => `${whole(n)} ${noun}${n === 1 ? "" : "s"}`;
-const percent = (p) => `${(100 * p).toFixed(1)} %`;
-const signed = (x) => `${x < 0 ? "−" : "+"}${Math.abs(x).toFixed(3)}`;
 const say = (element, text, bad = false) => {
   element.textContent = text;
   element.classList.toggle("bad", bad);
@@ -40,7 +37,7 @@ const pause = (seconds, signal) => new Promise((resolve, reject) => {
   }, { once: true });
 });
 
-/** JSON of a path. A service that is busy or not ready says when to come again, and we do. */
+/** JSON of a path. A service that is busy or not ready is asked again when it says. */
 export async function call(path, { body, signal, waiting = () => {} } = {}) {
   const headers = { Accept: "application/json" };
   if (now.key) headers.Authorization = `Bearer ${now.key}`;
@@ -214,7 +211,7 @@ on($("head"), "change", () => choose(now.heads.find(({ name }) => name === $("he
 const plain = (text) => text === "" ? [make("span.empty", "(empty)")] : [text];
 const paragraph = (parts) => make("p.text", { dir: "auto" }, ...parts);
 
-/** A text's pieces, those of spans made by a function. Places count code points, as Python does; JavaScript's do not. */
+/** A text's pieces, those of spans made by a function. Places count code points, as in Python. */
 function pieces(text, spans, draw) {
   const points = Array.from(text), parts = [];
   let at = 0;
@@ -224,13 +221,6 @@ function pieces(text, spans, draw) {
     at = span.end;
   }
   return [...parts, points.slice(at).join("")].filter((part) => part !== "");
-}
-
-function bar(name, share, value, chosen, detail) {
-  const fill = make("i");
-  fill.style.setProperty("--p", Math.min(1, Math.max(0, share)));
-  const label = make("span", make("bdi", name), detail ? make("span.kind", detail) : "");
-  return make(chosen ? "li.on" : "li", label, make("span.bar", { ariaHidden: true }, fill), make("span", value));
 }
 
 function bars(scores, chosen) {
@@ -434,7 +424,7 @@ function parse(text, delimiter) {
   return { records, unclosed };
 }
 
-/** The delimiter under which the first records have the same number of cells, more than one; none if all are one text. */
+/** The delimiter under which the first records have one number of cells, over one; none if all are one text. */
 function delimiterOf(text, name) {
   if (/\.(tsv|tab)$/i.test(name)) return "\t";
   const head = text.slice(0, 100_000);
@@ -511,7 +501,7 @@ function fresh() {
   say($("told"), many ? `${read} This page takes up to ${whole(MAX_ROWS)}; “bertray predict” takes more.` : read, many);
 }
 
-/** Which buttons there are; the focus goes on where its button gives way to another. */
+/** Which buttons there are; the focus goes on where its button goes. */
 function buttons() {
   const rows = rowsOf(now.table).length, left = rows - Object.keys(now.found).length, running = !!now.job;
   const focused = document.activeElement;

@@ -1,5 +1,5 @@
 // Draws what BERT sees (POST /v1/explore, or `bertray explore --html`). What people wrote is shown as text alone.
-import { make } from "./make.js";
+import { bar, make, percent, signed, whole } from "./make.js";
 
 const SVG = "http://www.w3.org/2000/svg", CELL = 18, LABELS = 96;
 const TITLES = {
@@ -14,11 +14,8 @@ const drawn = (tag, attributes, ...parts) => {
   element.append(...parts);
   return element;
 };
-const whole = (n) => n.toLocaleString("en");
 const visible = (text) => text.replace(/[\p{Cc}\p{Cf}\u2028\u2029]/gu, (char) => `\\u{${char.codePointAt(0).toString(16)}}`);
 const shaped = (shape) => `[${shape.join(", ")}]`;
-const signed = (x) => `${x < 0 ? "−" : "+"}${Math.abs(x).toFixed(3)}`;
-const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const named = (text) => make("bdi", visible(text));
 const mean = (maps) => maps[0].map((row, i) => row.map((_, j) => maps.reduce((sum, one) => sum + one[i][j], 0) / maps.length));
 
@@ -44,13 +41,7 @@ function numbers(label, names, columns, values, digits = 2, alone = false) {
   return listing(label, ["", ...columns.map((column) => make("th.amount", column, { scope: "col" }))], rows);
 }
 
-function bars(scores) {
-  return make("ul.bars", ...scores.map(([name, share, value]) => {
-    const fill = make("i");
-    fill.style.setProperty("--p", Math.min(1, Math.max(0, share)));
-    return make("li", make("span", named(name)), make("span.bar", { ariaHidden: true }, fill), make("span", value));
-  }));
-}
+const bars = (scores) => make("ul.bars", ...scores.map(([name, share, value]) => bar(visible(name), share, value)));
 
 /** A square map with names on both sides. Pointing at a cell, or the arrow keys, tell its value. */
 function map(label, names, tell) {

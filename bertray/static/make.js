@@ -9,3 +9,13 @@ export function make(kind, ...parts) {
   }
   return element;
 }
+export const whole = (n) => n.toLocaleString("en");
+export const percent = (p) => `${(100 * p).toFixed(1)} %`;
+export const signed = (x) => `${x < 0 ? "−" : "+"}${Math.abs(x).toFixed(3)}`;
+
+export function bar(name, share, value, chosen, detail) {
+  const fill = make("i");
+  fill.style.setProperty("--p", Math.min(1, Math.max(0, share)));
+  const label = make("span", make("bdi", name), detail ? make("span.kind", detail) : "");
+  return make(chosen ? "li.on" : "li", label, make("span.bar", { ariaHidden: true }, fill), make("span", value));
+}
