@@ -46,11 +46,12 @@ def find(pid, target):
     return next(iter(titled(pid, _MARKS[target])), None)
 
 
-def kill_at_random(start, run, kills, seed, targets=TARGETS, pause=(0.5, 6.0), limit=900):
+def kill_at_random(start, run, units, kills, seed, targets=TARGETS, pause=(0.5, 6.0), limit=900):
     """Start a command again and again, and kill at random moments until there were enough kills; then let it end.
 
     Args:
-        start: starts the command; run: its folder.
+        start: starts the command; run: its folder; units: that it encodes in all.
+        pause: seconds from when there is a worker to a kill, which comes sooner where the command would be done first.
 
     Returns:
         What was killed, each with how many shards there were.
@@ -64,10 +65,12 @@ def kill_at_random(start, run, kills, seed, targets=TARGETS, pause=(0.5, 6.0), l
             if find(process.pid, "worker") is None:
                 time.sleep(0.1)
                 continue
-            time.sleep(rng.uniform(*pause))
+            until, most = time.monotonic() + rng.uniform(*pause), units * (len(killed) + 1) // (kills + 1)
+            while time.monotonic() < until and _shards(run) < most and process.poll() is None:
+                time.sleep(0.02)
             target = order[len(killed)]
             if process.poll() is None and (pid := find(process.pid, target)):
-                shards = len(list(run.rglob("shards/*.parquet")))
+                shards = _shards(run)
                 os.kill(pid, signal.SIGKILL)
                 killed.append((target, shards))
                 print(f"seed {seed}: kill {len(killed)}: {target}, with {shards} shards written", flush=True)
@@ -78,6 +81,10 @@ def kill_at_random(start, run, kills, seed, targets=TARGETS, pause=(0.5, 6.0), l
             return killed
         assert "Traceback" not in errors, errors
         assert len(errors.strip().splitlines()[-1]) < 300
+
+
+def _shards(run):
+    return len(list(run.rglob("shards/*.parquet")))
 
 
 def contents(run):

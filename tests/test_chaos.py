@@ -60,7 +60,7 @@ def test_killed_at_random_moments_every_row_is_there_once(seed, rows, undisturbe
     kills = KILLS if KILLS < 8 else 8
     file, run = spec(tmp_path / "b", rows), tmp_path / "b" / "run"
     killed = kill_at_random(
-        lambda: bertray("embed", file), run, kills, seed, pause=(0.5, 6.0) if KILLS < 10 else (1, 9)
+        lambda: bertray("embed", file), run, ROWS // UNIT, kills, seed, pause=(0.5, 6.0) if KILLS < 10 else (1, 9)
     )
     assert len(killed) == kills
     ids, texts, vectors, manifest = contents(run)
