@@ -7,12 +7,13 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
 
-.PHONY: help demo test check serve bench chaos clean
+.PHONY: help demo test test-cluster check serve bench chaos clean
 
 help:
 	@echo "make demo   install, then embed, fit, judge and report on the demo rows"
 	@echo "make serve  serve the demo's head over HTTP"
 	@echo "make test   install, then lint, type-check and run all tests"
+	@echo "make test-cluster  install, then run the tests of clusters, the long ones too"
 	@echo "make check  lint and type-check alone"
 	@echo "make bench  install, then measure the engine and the service beside what else there is, into benchmarks/RESULTS.md"
 	@echo "make chaos  install, then kill workers, nodes and drivers at random and compare with an undisturbed run"
@@ -26,6 +27,9 @@ serve: $(VENV)/demo.stamp
 
 test: check
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-cluster: $(VENV)/test.stamp
+	BERTRAY_CLUSTER=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_cluster.py tests/test_nodes.py tests/test_jobs.py
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .

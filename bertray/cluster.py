@@ -1,10 +1,11 @@
 """The Ray cluster: joining or starting one, and what to take of it."""
 
 import logging
+import math
 import os
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from unittest.mock import patch
@@ -21,13 +22,18 @@ _REACH_SECONDS = 60.0  # until a node that does not say what it sees is left to 
 
 @dataclass(frozen=True)
 class Workers:
-    """How many encoder processes to run, and what each takes."""
+    """How many encoder processes to run, and what each takes.
+
+    num_gpus: of a process, a part of one where several share it.
+    most: to how many their number may grow as nodes join; None is as many as there is room for.
+    """
 
     count: int
     device: str
     threads: int
     num_cpus: float
     num_gpus: float
+    most: int | None
 
 
 @contextmanager
@@ -127,11 +133,13 @@ def plan_workers(sizes: RaySizes, units: int) -> Workers:
         raise ClusterError("ray.device is cuda, but the Ray cluster has no GPU. Set ray.device to auto or cpu.")
     device = "cuda" if gpus and sizes.device != "cpu" else "cpu"
     hosts = [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
+    sharing = 1  # processes a GPU
     if device == "cuda":
         hosts = [(cpu, gpu) for cpu, gpu in hosts if gpu]
-    threads = _threads(sizes, device, hosts, int(free.get("CPU", 0)))
+        sharing = 1 if sizes.workers == "auto" else max(1, math.ceil(int(sizes.workers) / gpus))
+    threads = _threads(sizes, [(cpu, gpu * sharing) for cpu, gpu in hosts] if device == "cuda" else hosts, device, free)
     # A worker has to fit a node. For each, what has more room than CPUs is bounded by GPUs, if it takes any.
-    room = sum(min(cpu // threads, gpu) if device == "cuda" else cpu // threads for cpu, gpu in hosts)
+    room = sum(min(cpu // threads, gpu * sharing) if device == "cuda" else cpu // threads for cpu, gpu in hosts)
     count = int(sizes.workers) if sizes.workers != "auto" else room
     if sizes.workers == "auto" and device == "cpu":
         count = min(room, max(1, int(free.get("CPU", 0)) // threads))  # others may be at work there
@@ -142,25 +150,37 @@ def plan_workers(sizes: RaySizes, units: int) -> Workers:
             + ", ".join(f"a node of {cpu} CPUs and {gpu} GPUs" for cpu, gpu in hosts)
             + "). Lower ray.workers or ray.cpus_per_worker."
         )
-    # Less than whole CPUs, so that whatever else runs there finds a place beside the actors.
-    workers = Workers(min(count, max(1, units)), device, threads, 0.9 * threads, 1.0 if device == "cuda" else 0.0)
+    count = min(count, max(1, units))
+    workers = Workers(
+        count,
+        device,
+        threads,
+        # Less than whole CPUs, so that whatever else runs there finds a place beside the actors.
+        0.9 * threads,
+        math.floor(1e4 / sharing) / 1e4 if device == "cuda" else 0.0,  # Ray counts in ten thousandths
+        None if sizes.workers == "auto" and not solo.alone() else count,
+    )
     for resource, need in (("CPU", workers.num_cpus), ("GPU", workers.num_gpus)):
         if need > free.get(resource, 0):
             log.warning("waiting for %g %s: the Ray cluster has %g free", need, resource, free.get(resource, 0))
     return workers
 
 
-def _threads(sizes: RaySizes, device: str, hosts: list[tuple[int, int]], free: int) -> int:
-    """CPUs of each worker: as the spec says, or a fair share of a node, up to where more threads gain little."""
+def _threads(sizes: RaySizes, hosts: list[tuple[int, int]], device: str, free: Mapping[str, float]) -> int:
+    """CPUs of each worker: as the spec says, or a fair share of a node, up to where more threads gain little.
+
+    Args:
+        hosts: CPUs of each node, and how many processes its GPUs are for.
+    """
     if sizes.cpus_per_worker != "auto":
         return int(sizes.cpus_per_worker)
     if device == "cuda":
-        share = min(cpu // gpu for cpu, gpu in hosts)
+        share = min(cpu // places for cpu, places in hosts)
     elif sizes.workers != "auto":
         fitting = (n for n in range(_CPUS_PER_WORKER, 0, -1) if sum(cpu // n for cpu, _ in hosts) >= int(sizes.workers))
         share = next(fitting, 1)
     else:
-        share = min(free, max(cpu for cpu, _ in hosts))
+        share = min(int(free.get("CPU", 0)), max(cpu for cpu, _ in hosts))
     return max(1, min(_CPUS_PER_WORKER, share))
 
 

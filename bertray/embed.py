@@ -193,6 +193,7 @@ def _rows(todo: list[tuple[str, Unit]], job: Job, workers: Workers) -> Iterator[
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # it takes slow units for hung ones: see _Watch
     context.max_consecutive_actor_init_deaths = _FAILURES
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0  # a pool grows when all in it are busy
     items = [{"split": name, **asdict(unit)} for name, unit in todo]
     receipts = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         UnitEncoder,
@@ -200,7 +201,9 @@ def _rows(todo: list[tuple[str, Unit]], job: Job, workers: Workers) -> Iterator[
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
-            size=workers.count,  # Ray Data adds actors one at a time otherwise
+            min_size=workers.count if workers.most else 1,
+            max_size=workers.most,
+            initial_size=workers.count,  # Ray Data adds actors one at a time otherwise
             max_concurrent_calls_per_actor=UNITS_AT_ONCE,
             max_tasks_in_flight_per_actor=UNITS_AT_ONCE + 1,
             enable_true_multi_threading=True,

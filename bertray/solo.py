@@ -113,11 +113,19 @@ def running() -> Iterator[None]:
         yield
 
 
+def alone() -> bool:
+    """Whether this process runs on a cluster that was started so."""
+    try:
+        from ray._private import worker
+    except ImportError:
+        return False
+    return bool(getattr(getattr(worker, "_global_node", None), "alone", False))
+
+
 def _stand_ins() -> list[tuple[Any, str, "_Absent"]]:
     import ray
-    import ray._private.worker
 
-    if not getattr(ray._private.worker._global_node, "alone", False):
+    if not alone():
         return []
     from ray.data._internal import stats
     from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator

@@ -18,6 +18,7 @@ from bertray.store import Store
 
 pytestmark = pytest.mark.timeout(400)
 ROWS, UNIT = 1_500, 50
+long = pytest.mark.skipif("BERTRAY_CLUSTER" not in os.environ, reason="long: make test-cluster")
 CLUSTER = """
 from ray.cluster_utils import Cluster
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -60,8 +61,8 @@ def spec(folder, source, output, **parts):
     return path
 
 
-def rows():
-    return [{"id": f"r{i}", "text": f"{i} {WORDS}", "label": "ab"[i % 2]} for i in range(ROWS)]
+def rows(count):
+    return [{"id": f"r{i}", "text": f"{i} {WORDS}", "label": "ab"[i % 2]} for i in range(count)]
 
 
 def vectors_in(run):
@@ -75,40 +76,64 @@ def vectors_in(run):
     return dict(zip(ids, vectors, strict=True))
 
 
-def test_a_node_dies_and_another_comes_and_every_row_is_there_once(cluster, s3, tmp_path):
-    lines = "".join(json.dumps(row) + "\n" for row in rows())
+def at_work_on(run, node):
+    """The processes of a node that encode units at this moment."""
+    stores = [Store((Location(run) / "stores" / name).url) for name in (Location(run) / "stores").folders()]
+    units = [(store, file.name.removesuffix(".json")) for store in stores for file in store.attempts()]
+    notes = [store.attempt(unit) for store, unit in units if unit.startswith("rows")]
+    return {note.pid for note in notes if note and note.node == node}
+
+
+def whole_job(s3, tmp_path, count, **sizes):
+    """A running job over S3, and its folder."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows(count))
     Location(f"{s3}/nodes/rows.jsonl").write(lines.encode())
-    cluster("add")
-    address, first, _ = cluster("add")
-    sizes = {"address": address, "workers": 2, "cpus_per_worker": 1, "patience": 8}
+    (tmp_path / "rows.jsonl").write_text(lines)
     run = f"{s3}/nodes/run"
-    process = bertray("run", spec(tmp_path, f"{s3}/nodes/rows.jsonl", run, ray=sizes), "--json")
+    sizes |= {"cpus_per_worker": 1, "patience": 8}
+    return bertray("run", spec(tmp_path, f"{s3}/nodes/rows.jsonl", run, ray=sizes), "--json"), run
 
-    def on_first():
-        stores = [Store((Location(run) / "stores" / name).url) for name in (Location(run) / "stores").folders()]
-        units = [(store, file.name.removesuffix(".json")) for store in stores for file in store.attempts()]
-        notes = [store.attempt(unit) for store, unit in units if unit.startswith("rows")]
-        return {note.pid for note in notes if note and note.node == first}
 
-    pids = wait_for(on_first, process)
+def kill(cluster, pids):
     cluster("kill")
     for pid in pids:  # as a machine takes its processes along
         os.kill(pid, signal.SIGKILL)
-    cluster("add")
-    code, output, errors = ended(process, 240)
-    assert code == 0, errors
-    summary = json.loads(output)
-    assert summary["faults"]["units_begun_again"] >= 1
-    found = vectors_in(run)
-    assert len(found) == ROWS
 
-    (tmp_path / "rows.jsonl").write_text(lines)
+
+def check_undisturbed(found, tmp_path):
+    """Whether vectors are those of a run that nothing happened to."""
     alone = tmp_path / "alone"
     process = bertray("embed", spec(tmp_path, str(tmp_path / "rows.jsonl"), str(alone), ray={"address": "local"}))
     assert ended(process, 240)[0] == 0
     undisturbed = vectors_in(str(alone))
     assert found.keys() == undisturbed.keys()
     assert all(np.array_equal(found[name], undisturbed[name]) for name in found)
+
+
+def test_a_node_dies_and_another_comes_and_every_row_is_there_once(cluster, s3, tmp_path):
+    cluster("add")
+    address, first, _ = cluster("add")
+    process, run = whole_job(s3, tmp_path, ROWS, address=address, workers=2)
+    kill(cluster, wait_for(lambda: at_work_on(run, first), process))
+    cluster("add")
+    code, output, errors = ended(process, 240)
+    assert code == 0, errors
+    assert json.loads(output)["faults"]["units_begun_again"] >= 1
+    check_undisturbed(vectors_in(run), tmp_path)
+
+
+@long
+def test_a_pool_grows_by_a_node_that_comes_and_shrinks_without_loss(cluster, s3, tmp_path):
+    address, first = cluster("add")
+    process, run = whole_job(s3, tmp_path, 4 * ROWS, address=address)
+    wait_for(lambda: at_work_on(run, first), process)
+    second = cluster("add")[-1]
+    wait_for(lambda: at_work_on(run, second), process)
+    kill(cluster, wait_for(lambda: at_work_on(run, first), process))
+    code, _, errors = ended(process, 240)
+    assert code == 0, errors
+    assert "embedding: 120 units on 1 cpu worker(s)" in errors
+    check_undisturbed(vectors_in(run), tmp_path)
 
 
 @pytest.fixture
@@ -134,7 +159,7 @@ def node_without():
 def test_a_node_that_does_not_see_the_files_is_told_before_anything_is_encoded(cluster, node_without, tmp_path, kind):
     for name in ("rows", "run"):
         (tmp_path / name).mkdir()
-    (tmp_path / "rows" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()[:200]))
+    (tmp_path / "rows" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(200)))
     address = cluster("add")[0]
     node_without(address, tmp_path / kind)
     count = f"import ray; ray.init({address!r}, log_to_driver=False); print('NODES', len(ray.nodes()))"
