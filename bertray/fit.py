@@ -8,8 +8,9 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from bertray.progress import Progress, log
 from bertray.samples import Samples, Share, Wanted, samples
 from bertray.search import Choice, choose, fit_one, lengths_of, settings
 from bertray.spec import Head, RaySizes
+from bertray.storage import Location
 
 RECIPE = 3  # raised when a change of code gives another bundle for the same settings
 _POLL_SECONDS = 0.5
@@ -48,13 +50,16 @@ class Fitted:
     ood: Familiar | None = None
 
 
-def fit(wanted: Wanted, spec: Head, layers: int, sizes: RaySizes | None = None) -> Fitted:
+def fit(
+    wanted: Wanted, spec: Head, layers: int, sizes: RaySizes | None = None, folder: Location | None = None
+) -> Fitted:
     """Fit a linear head on complete stores.
 
     Args:
         layers: of the encoder.
-        sizes: how many Ray Train workers (0 fits in this process: Ray Train's local mode, the same code), how much
-            they may hold in memory, and on which device.
+        sizes: how many Ray Train workers at most (0 fits in this process: Ray Train's local mode, the same code), how
+            much they may hold in memory, and on which device.
+        folder: that all nodes see, for checkpoints while it lasts; None takes a temporary one of this machine.
 
     Raises:
         ClusterError: the cluster cannot hold that many workers.
@@ -77,7 +82,7 @@ def fit(wanted: Wanted, spec: Head, layers: int, sizes: RaySizes | None = None) 
         def tell(step: int, loss: float) -> None:
             progress.add(1, f"loss {loss:.4f}")
 
-        return _fit_on(sizes.fit_workers, config, tell) if sizes.fit_workers else _fit_here(config, tell)
+        return _fit_on(sizes.fit_workers, config, tell, folder) if sizes.fit_workers else _fit_here(config, tell)
 
 
 def _fit_here(config: dict[str, Any], tell: Tell) -> Fitted:
@@ -90,7 +95,7 @@ def _fit_here(config: dict[str, Any], tell: Tell) -> Fitted:
     return trainer.fit().return_value
 
 
-def _fit_on(workers: int, config: dict[str, Any], tell: Tell) -> Fitted:
+def _fit_on(workers: int, config: dict[str, Any], tell: Tell, folder: Location | None) -> Fitted:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -103,13 +108,19 @@ def _fit_on(workers: int, config: dict[str, Any], tell: Tell) -> Fitted:
     board = ray.remote(num_cpus=0)(Board).remote()
     config = {**config, "board": board}
     log.info("fitting on %d workers", workers)
-    with tempfile.TemporaryDirectory(prefix="bertray-") as folder:
+    with _checkpoint_folder(folder) as kept:
         trainer = TorchTrainer(
             _train_worker,
             train_loop_config=config,
-            scaling_config=ScalingConfig(num_workers=workers, use_gpu=config["device"] != "cpu" and gpus >= workers),
+            # As many as there is room for when they are begun: after a node has died it goes on with fewer.
+            scaling_config=ScalingConfig(
+                num_workers=(1, workers), use_gpu=config["device"] != "cpu" and gpus >= workers
+            ),
             run_config=RunConfig(
-                name="bertray", storage_path=folder, failure_config=FailureConfig(max_failures=_FAILURES)
+                name="bertray",
+                storage_path=kept.path,
+                storage_filesystem=kept.fs,
+                failure_config=FailureConfig(max_failures=_FAILURES),
             ),
         )
         # Not in the main thread: there Train takes over SIGINT and keeps it.
@@ -123,6 +134,20 @@ def _fit_on(workers: int, config: dict[str, Any], tell: Tell) -> Fitted:
             for step, loss in ray.get(board.take.remote()):
                 tell(step, loss)
         return running.result().return_value
+
+
+@contextmanager
+def _checkpoint_folder(folder: Location | None) -> Iterator[Location]:
+    """An empty folder that is gone afterwards: what lies there is what Ray Train would go on from."""
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="bertray-") as path:
+            yield Location(path)
+        return
+    folder.delete()
+    try:
+        yield folder
+    finally:
+        folder.delete()
 
 
 class Board:

@@ -215,7 +215,13 @@ class _Run:
         self._imports.wait("torch", "ray.train.torch")
         if self.spec.ray.fit_workers:
             self._join_ray()
-        fitted = fit(self._wanted(names, classes), self.spec.head, self.checkpoint.layers, self.spec.ray)
+        fitted = fit(
+            self._wanted(names, classes),
+            self.spec.head,
+            self.checkpoint.layers,
+            self.spec.ray,
+            self.folder / ".fitting",
+        )
         self.choice = fitted.choice
         (self.folder / "metrics.json").delete()  # its figures are another head's
         bundle = self._bundle(names, fitted, made)

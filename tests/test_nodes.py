@@ -1,18 +1,26 @@
 """A whole job on several nodes over an S3 server: one dies on the way, another comes; a node that sees other files."""
 
+import itertools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
+import urllib.request
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from chaos import ENVIRONMENT, bertray
-from conftest import MINILM
+from conftest import MINILM, demo_rows, serving
+from pyarrow.fs import FileSelector
 from test_faults import WORDS, ended, wait_for
 
+import bertray as library
+from bertray import bundle
 from bertray.storage import Location
 from bertray.store import Store
 
@@ -134,6 +142,87 @@ def test_a_pool_grows_by_a_node_that_comes_and_shrinks_without_loss(cluster, s3,
     assert code == 0, errors
     assert "embedding: 120 units on 1 cpu worker(s)" in errors
     check_undisturbed(vectors_in(run), tmp_path)
+
+
+@long
+def test_a_node_dies_while_the_head_is_fitted_and_the_fit_goes_on_with_fewer(cluster, s3, tmp_path):
+    """Checkpoints lie in the store, where all nodes see them: the head is the one of a fit that nothing happened to."""
+    cluster("add")
+    address, first, _ = cluster("add")
+    head = {"epochs": 6_000, "batch_size": 100}
+    data = "".join(json.dumps(row) + "\n" for row in rows(300))
+    Location(f"{s3}/nodes/rows.jsonl").write(data.encode())
+    run, sizes = f"{s3}/nodes/run", {"address": address, "fit_workers": 2, "cpus_per_worker": 1}
+    process = bertray("fit", spec(tmp_path, f"{s3}/nodes/rows.jsonl", run, ray=sizes, head=head), "--json")
+
+    def fitting():
+        """The process of the first node that fits, once there is a checkpoint."""
+        kept = (Location(run) / ".fitting").fs.get_file_info(
+            FileSelector((Location(run) / ".fitting").path, recursive=True, allow_not_found=True)
+        )
+        return any(file.base_name == "state.pt" for file in kept) and processes_of("RayTrainWorker", address, first)
+
+    kill(cluster, wait_for(fitting, process, 150))
+    code, _, errors = ended(process, 240)
+    assert code == 0, errors
+    assert not (Location(run) / ".fitting").exists()
+    local = spec(tmp_path, f"{s3}/nodes/rows.jsonl", str(tmp_path / "run"), ray={"address": "local"}, head=head)
+    assert ended(bertray("fit", local), 240)[0] == 0
+    ours, theirs = bundle.load(f"{run}/head"), bundle.load(str(tmp_path / "run" / "head"))
+    assert len(ours.losses) == head["epochs"]
+    np.testing.assert_allclose(ours.head.weight, theirs.head.weight, atol=2e-3)
+
+
+@long
+def test_a_node_dies_under_load_and_every_request_is_answered(cluster, demo):
+    cluster("add")
+    address, first, _ = cluster("add")
+    texts = [row["text"] for row in demo_rows("test")]
+    labels, _ = library.load(demo["bundle"]).predict(texts)
+    answered, stop = Counter(), threading.Event()
+
+    def ask(service, number):
+        for turn in itertools.count(number * 31):
+            if stop.is_set():
+                return
+            place = turn % len(texts)
+            # Blanks, so that what is remembered does not answer.
+            inputs = texts[place] + " " * (turn // len(texts))
+            body = json.dumps({"inputs": inputs}).encode()
+            with urllib.request.urlopen(f"{service.address}/predict", body, timeout=60) as answer:
+                answered[json.load(answer)[0]["label"] == labels[place]] += 1
+
+    with (
+        serving(f"mood={demo['bundle']}", "--replicas", "2", environment={"RAY_ADDRESS": address}) as service,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        askers = [pool.submit(ask, service, number) for number in range(8)]
+        try:
+            pids = wait_for(lambda: processes_of("ServeReplica", address, first), timeout=90)
+            wait_for(lambda: answered[True] > 500)
+            kill(cluster, pids)
+            killed_at = answered[True]
+            wait_for(lambda: answered[True] > killed_at + 2_000, timeout=120)
+            third = cluster("add")[-1]  # and the encoder that is missing comes back there
+            wait_for(lambda: processes_of("ServeReplica", address, third), timeout=120)
+        finally:
+            stop.set()
+        for asker in askers:
+            asker.result(60)  # no request had another answer than 200
+    assert answered[False] < 0.01 * answered[True]  # blanks leave the tokens, each process chooses its own precision
+
+
+def processes_of(name, address, node):
+    """The processes on a node of actors whose class begins so."""
+    ask = (
+        "import json, sys, ray; from ray._private import state; ray.init(sys.argv[1], log_to_driver=False); "
+        "print('PIDS', json.dumps([each['Pid'] for each in state.actors().values() if each['State'] == 'ALIVE' "
+        "and each['ActorClassName'].startswith(sys.argv[3]) and each['Address']['NodeID'] == sys.argv[2]]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", ask, address, node, name], env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+    )
+    return json.loads(done.stdout.partition("PIDS ")[2] or "[]")
 
 
 @pytest.fixture
