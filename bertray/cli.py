@@ -213,7 +213,9 @@ def _add_explore(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     command.add_argument("text", nargs="?", metavar="TEXT", help="may hold [MASK] for a word")
     command.add_argument("pair", nargs="?", metavar="TEXT_B", help="the second text of a pair")
-    command.add_argument("--model", default="", metavar="NAME", help="a folder, or a name on the Hugging Face hub")
+    command.add_argument(
+        "--model", default="", metavar="NAME", help="a folder, its URL, or a name on the Hugging Face hub"
+    )
     command.add_argument(
         "--bundle", default="", metavar="BUNDLE", help="whose encoder looks, and whose answer is explained"
     )

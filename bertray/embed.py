@@ -81,7 +81,7 @@ def embed(
         )
         job = Job(
             checkpoint.name,
-            spec.revision,
+            checkpoint.revision,
             checkpoint.identity,
             spec,
             label_names,

@@ -10,7 +10,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bertray.cache import home
 from bertray.features import Feature
 from bertray.tokens import Tokens
 
@@ -127,7 +127,7 @@ def _library() -> tuple[Any, str]:
     source = Path(__file__).with_name("native.c")
     key = hashlib.sha256(source.read_bytes() + repr((compiler, _COMPILER_FLAGS)).encode()).hexdigest()[:16]
     try:
-        built = _cache_folder() / f"native-{key}.so"
+        built = home() / f"native-{key}.so"
         if not built.exists():
             _build(compiler, source, built)
         library = ctypes.CDLL(str(built))
@@ -141,18 +141,6 @@ def _library() -> tuple[Any, str]:
     library.encode.argtypes = (pointer, *texts, *segments, pointer, pointer, pointer)
     library.encode.restype = None
     return library, ""
-
-
-def _cache_folder() -> Path:
-    """Where builds are kept between runs; a folder of this process's own where that cannot be written."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bertray"
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        if os.access(home, os.W_OK):
-            return home
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="bertray-"))
 
 
 def _build(compiler: str, source: Path, built: Path) -> None:

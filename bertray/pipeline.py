@@ -249,7 +249,8 @@ class _Run:
         encoder, part = self.spec.encoder, part_of(self.spec.form)
         if encoder.states == "store":
             return None
-        return Again(self.checkpoint.name, self.checkpoint.identity, encoder, part, tuple(features))
+        found = self.checkpoint
+        return Again(found.name, found.revision, found.identity, encoder, part, tuple(features))
 
     def _bundle(self, names: tuple[str, ...], fitted: Any, made: str) -> Bundle:
         spec, choice = self.spec, fitted.choice
@@ -262,6 +263,7 @@ class _Run:
             encoder={
                 **spec.encoder.model_dump(mode="json"),
                 "model": self.checkpoint.name,
+                "revision": self.checkpoint.revision,
                 "identity": self.checkpoint.identity,
             },
             columns=spec.data.model_dump(include={"text", "text_pair", "label", "id"}),

@@ -301,6 +301,6 @@ def checkpoint_of(encoder: Mapping[str, Any]) -> Checkpoint:
         other = next(part for part in identity if checkpoint.identity.get(part) != identity[part])
         raise BundleError(
             f"The {other} of {name} in {checkpoint.folder} is not what the bundle was fitted on. Get "
-            f"revision {revision} as it was, or fit again."
+            "it as it was, or fit again."
         )
     return checkpoint

@@ -99,7 +99,7 @@ class Encoder(Part):
     model: str = Field(
         "google-bert/bert-base-uncased",
         min_length=1,
-        description="folder, hub name, or a model that an installed package carries",
+        description="folder, URL of one in an object store, hub name, or a model that an installed package carries",
     )
     revision: str = Field("main", description="revision of the hub model")
     pooling: Pooling | tuple[Pooling, ...] = Field(

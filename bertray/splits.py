@@ -137,7 +137,7 @@ def plan_of(split: Split, spec: EncoderSpec, checkpoint: Checkpoint, label_names
     return {
         "split": split.name,
         "made_by": split.made_by,
-        "encoder": {**spec.model_dump(mode="json"), "model": checkpoint.name},
+        "encoder": {**spec.model_dump(mode="json"), "model": checkpoint.name, "revision": checkpoint.revision},
         "identity": checkpoint.identity,
         "labels": list(label_names),
         "columns": asdict(split.columns),

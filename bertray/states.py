@@ -28,6 +28,7 @@ class Again:
     """What encodes again: an encoder as it is found by name."""
 
     model: str
+    revision: str
     identity: dict[str, str]
     spec: EncoderSpec
     part: str
@@ -43,7 +44,7 @@ class Again:
 
         from bertray.encoder import Encoder
 
-        checkpoint = checkpoints.find(self.model, self.spec.revision)
+        checkpoint = checkpoints.find(self.model, self.revision)
         if checkpoint.identity != self.identity:
             raise CheckpointError(f"{self.model} is not what it was when its words were counted. Run the spec again.")
         cuda = device != "cpu" and torch.cuda.is_available()

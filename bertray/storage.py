@@ -13,6 +13,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,7 @@ T = TypeVar("T")
 
 _WILD = re.compile(r"[*?\[]")
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
+_PARTS, _PART = 4, 16 << 20  # that are downloaded at a time, and bytes of each
 _PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between attempts
 # Of local disks, only what passes; of stores, all but what will be the same the next time.
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR, errno.EAGAIN, errno.EBUSY}
@@ -140,6 +142,26 @@ class Location:
 
         return self.patiently(whole)
 
+    def download(self, target: Path, size: int) -> None:
+        """Copy this file of that size to a local one, some parts at a time.
+
+        Raises:
+            BertrayError: it is shorter now.
+        """
+
+        def part(stream: Any, start: int) -> Any:
+            return self.patiently(lambda: stream.read_at(min(_PART, size - start), start))
+
+        with self.open_random() as stream, target.open("wb") as file, ThreadPoolExecutor(_PARTS) as pool:
+            for start in range(0, size, _PARTS * _PART):
+                starts = range(start, min(size, start + _PARTS * _PART), _PART)
+                for content in pool.map(lambda at: part(stream, at), starts):
+                    file.write(content)
+        if (found := target.stat().st_size) != size:
+            raise BertrayError(
+                f"{self.url} changed while it was read: it has {found} bytes instead of {size}. Try again."
+            )
+
     @contextmanager
     def create(self, sync: bool = True) -> Iterator[Any]:
         """A stream to write to, for what is too large to `write` at once. The file shows when it is whole.
@@ -238,6 +260,14 @@ class Location:
         """This file, or None if it is none."""
         info = self._looked_up()
         return self._info(info, self._name) if info.type == pafs.FileType.File else None
+
+    def tag(self) -> str:
+        """What changes when this file does: whatever its store tells of it beside size and time of change."""
+        if isinstance(self.fs, pafs.PyFileSystem):
+            handler = self.fs.handler
+            if isinstance(handler, pafs.FSSpecHandler):
+                return str(self.patiently(lambda: handler.fs.ukey(self.path)))
+        return ""
 
     def match(self) -> list[FileInfo]:
         """The files that this location names: itself, all below it, or those that fit its wildcards."""

@@ -104,8 +104,8 @@ class UnitEncoder:
             checkpoint = checkpoints.find(self.job.checkpoint, self.job.revision)
             if checkpoint.identity != self.job.identity:
                 raise CheckpointError(
-                    f"{self.job.checkpoint} is not the same on {platform.node()} as where the job was started. Give "
-                    "every node the same files."
+                    f"{self.job.checkpoint} is not the same on {platform.node()} as where the job was started, or has "
+                    "changed since. Give every node the same files, and run the command again."
                 )
             (part,) = {columns.part for columns in self.job.columns.values()}
             wanted = list(map(parse, self.job.features))

@@ -199,6 +199,19 @@ def s3():
 
 
 @pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB, and a function that makes room."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]).returncode:
+        pytest.skip("only root may mount a small file system")
+    try:
+        yield folder, lambda: subprocess.run(["mount", "-o", "remount,size=100m", folder], check=True)
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture
 def rows_file(tmp_path):
     """A function that writes rows as JSON Lines and gives the file's path."""
 

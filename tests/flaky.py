@@ -13,7 +13,7 @@ _ERROR = b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>We are
 
 
 class Flaky(ThreadingHTTPServer):
-    """Serves on a free port of loopback; `harm` counts what it has done."""
+    """Serves on a free port of loopback; `harm` counts what it has done, `asked` holds what it was asked."""
 
     daemon_threads = True
 
@@ -22,6 +22,7 @@ class Flaky(ThreadingHTTPServer):
         self.target, self.share, self.rng, self.lock = target, share, random.Random(seed), threading.Lock()
         self.harm = {"500": 0, "reset before": 0, "reset after": 0, "cut short": 0}
         self.requests = 0
+        self.asked = []  # (command, path, range) of each
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -47,6 +48,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self):
         body = self._body()
+        self.server.asked.append((self.command, self.path, self.headers.get("Range")))
         kind = self.server.lot()
         if kind == "500":
             return self._answer(500, {"Content-Type": "application/xml"}, _ERROR)

@@ -191,19 +191,6 @@ def test_a_run_that_is_killed_says_so(many, tmp_path):
     assert "the same command goes on from here" in errors
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MB, and a function that makes room."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]).returncode:
-        pytest.skip("only root may mount a small file system")
-    try:
-        yield folder, lambda: subprocess.run(["mount", "-o", "remount,size=100m", folder], check=True)
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
 def test_a_disk_that_fills_is_one_line_and_with_room_the_same_command_finishes(many, tmp_path, small_disk):
     disk, make_room = small_disk
     spec(disk, many)
