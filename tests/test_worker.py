@@ -1,6 +1,7 @@
 """The actor alone, called as Ray Data calls it: several units at once."""
 
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from bertray.checkpoints import find
 from bertray.sources import Columns, units
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import Source
+from bertray.storage import Location
 from bertray.store import Receipt, Store
 from bertray.worker import Job, UnitEncoder
 
@@ -30,10 +32,13 @@ def cut(rows_file):
 
 
 def actor(tiny, store, names=(), run="run", **spec):
-    checkpoint = find(str(tiny))
-    encoder = EncoderSpec(model=str(tiny), pooling="mean", max_length=64, precision="fp32", **spec)
-    job = Job(checkpoint.name, "main", checkpoint.identity, encoder, names, {"a": COLUMNS}, {"a": store}, run=run)
-    return UnitEncoder(job, "cpu", 2)
+    return UnitEncoder(job(tiny, store, names, run, **spec), "cpu", 2)
+
+
+def job(model, store, names=(), run="run", **spec):
+    found = find(str(model))
+    encoder = EncoderSpec(model=str(model), pooling="mean", max_length=64, precision="fp32", **spec)
+    return Job(found.name, found.revision, found.identity, encoder, names, {"a": COLUMNS}, {"a": store}, run=run)
 
 
 def answers(encoder, cut, at_once):
@@ -139,3 +144,19 @@ def test_what_is_no_rows_fault_is_a_line_and_a_lost_device_ends_the_process(tiny
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("BertrayError ")
         assert "rows.jsonl, rows 0 to 9: unexpected RuntimeError: no idea" in done.stdout
+
+
+def test_a_model_that_changes_in_its_store_stops_only_nodes_that_have_no_copy(s3, tiny, tmp_path, cut, monkeypatch):
+    url = f"{s3}/models/changing"
+    for file in tiny.iterdir():
+        (Location(url) / file.name).write(file.read_bytes())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    begun = job(url, Store(str(tmp_path / "store")))
+    config = json.loads((tiny / "config.json").read_text())
+    (Location(url) / "config.json").write(json.dumps(config | {"layer_norm_eps": 1e-3}).encode())
+    assert not any(answer["error"] for answer in answers(UnitEncoder(begun, "cpu", 2), cut[:2], 2))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    (answer,) = answers(UnitEncoder(begun, "cpu", 2), cut[2:3], 1)
+    assert answer["error"] == "CheckpointError"
+    assert re.match(f"{url} is not the same on .*, or has changed since. Give every node the same", answer["value"])
+    assert "\n" not in answer["value"]
