@@ -7,10 +7,11 @@ if TYPE_CHECKING:
     from bertray.explorer import explore
     from bertray.pipeline import run
     from bertray.predict import load
+    from bertray.publication import publish
     from bertray.spec import Spec, load_spec
 
 __version__ = "0.1.0"
-__all__ = ["BertrayError", "Spec", "explore", "load", "load_spec", "run"]
+__all__ = ["BertrayError", "Spec", "explore", "load", "load_spec", "publish", "run"]
 
 _HOMES = {
     "BertrayError": "errors",
@@ -18,6 +19,7 @@ _HOMES = {
     "explore": "explorer",
     "load": "predict",
     "load_spec": "spec",
+    "publish": "publication",
     "run": "pipeline",
 }
 

@@ -128,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(action=_run, until=until)
     _add_predict(commands, common)
     _add_export(commands, common)
+    _add_publish(commands, common)
     _add_serve(commands, common)
     _add_explore(commands, common)
     for name, action, text in (
@@ -242,6 +243,21 @@ def _add_export(commands: Any, common: argparse.ArgumentParser) -> None:
     command.set_defaults(action=_export)
 
 
+def _add_publish(commands: Any, common: argparse.ArgumentParser) -> None:
+    text = "write a run's vectors, with their rows, into a table of Lance or LanceDB"
+    command = commands.add_parser("publish", parents=[common], help=text, description=text)
+    command.add_argument("run", help="folder of a run, such as runs/demo (or URL)")
+    command.add_argument(
+        "destination",
+        metavar="DB/TABLE.lance",
+        help="folder (or URL) of the table: made, or what it holds of the run replaced",
+    )
+    command.add_argument("--features", default="", metavar="NAME,...", help="columns such as mean_6; else all")
+    command.add_argument("--splits", default="", metavar="NAME,...", help="such as train; else all")
+    command.add_argument("--name", default="", help="of the run, in the table; else that of its folder")
+    command.set_defaults(action=_publish)
+
+
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     from bertray.pipeline import run
 
@@ -343,6 +359,21 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
     return made
 
 
+def _publish(options: argparse.Namespace) -> dict[str, Any]:
+    from bertray.publication import publish
+
+    features, splits = (_listed(names) for names in (options.features, options.splits))
+    made = publish(options.run, options.destination, features, splits, options.name)
+    if not options.json:
+        rows = ", ".join(f"{rows:,} of {split}" for split, rows in made["splits"].items())
+        print(f"published: {rows}, with {', '.join(made['features'])}: {made['output']} ({made['table_rows']:,} rows)")
+    return made
+
+
+def _listed(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
 def _serve(options: argparse.Namespace) -> None:
     from bertray.serve import Settings, limits_of, named, run
     from bertray.spec import RaySizes
@@ -363,7 +394,7 @@ def _explore(options: argparse.Namespace) -> dict[str, Any]:
     elif options.text is None:
         raise BertrayError('There is nothing to look at. Give a text: bertray explore "I was thirsty!"')
     else:
-        show = [name.strip() for name in options.show.split(",") if name.strip()]
+        show = _listed(options.show)
         found = explorer.explore(
             options.text, options.pair, model=options.model, bundle=options.bundle, show=show, dims=options.dims
         )

@@ -145,7 +145,7 @@ def test_without_a_token_the_cluster_refuses(cluster, tmp_path):
     assert re.search("authentication", refused.stdout + refused.stderr, re.I)
 
 
-@pytest.mark.parametrize("script", ["pipeline", "embed", "fit", "evaluate", "predict", "serve"])
+@pytest.mark.parametrize("script", ["pipeline", "embed", "fit", "evaluate", "predict", "publish", "serve"])
 def test_every_job_is_a_command(script):
     done = subprocess.run(
         [sys.executable, f"jobs/{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
+import bertray
 from bertray.spec import load_spec
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -66,7 +67,7 @@ def test_commands_run_in_their_order(checkout):
             assert re.search(r"fitting: 10 of 10 epochs, .*loss 0\.\d+", done.stderr)
             assert "\r" not in done.stderr
         ran += 1
-    assert ran == 12
+    assert ran == 13
     assert (checkout / "runs" / "labelled.csv").read_text().count("\n") == 181
 
 
@@ -79,12 +80,25 @@ def test_the_spec_in_the_readme_is_right(tmp_path):
 
 
 def test_the_python_in_the_readme_runs(demo, monkeypatch, ray_cluster):
-    (block,) = blocks("python")
+    block, _ = blocks("python")
     monkeypatch.chdir(ROOT)
     names = {}
     with_output = '"jobs/specs/demo.yaml", overrides=["output=' + demo["output"] + '"]'
     exec(block.replace('"jobs/specs/demo.yaml"', with_output), names)
     assert names["labels"] == ["positive"]
+
+
+def test_the_nearest_texts_in_the_readme_are_found(demo, monkeypatch, tmp_path, ray_cluster):
+    pytest.importorskip("lancedb", reason="needs the extra `lance`")
+    _, block = blocks("python")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(demo["output"])
+    monkeypatch.chdir(tmp_path)
+    bertray.publish("runs/demo", "runs/vectors/demo.lance")
+    names = {}
+    exec(block, names)
+    assert len(names["nearest"]) == 3
+    assert names["nearest"][0]["label"] == "positive"
 
 
 def test_links_lead_somewhere():
