@@ -127,11 +127,16 @@ def _part(place: Location, found: Sequence[_Part], name: str) -> _Part:
 def _fitting(place: Location, parts: list[_Part]) -> list[_Part]:
     """Of stores of one split by several encoders, those of the one that the run's head was fitted on."""
     try:
-        encoder = bundles.load((place / "head").url).encoder
+        encoder = _told(bundles.load((place / "head").url).encoder)
     except BundleError:
         return parts
-    fitting = [part for part in parts if {**part.plan["encoder"], "identity": part.plan["identity"]} == encoder]
+    fitting = [part for part in parts if _told({**part.plan["encoder"], "identity": part.plan["identity"]}) == encoder]
     return fitting or parts
+
+
+def _told(encoder: Mapping[str, Any]) -> dict[str, Any]:
+    """An encoder without its revision, which a bundle tells more exactly than a spec: its identity says what it is."""
+    return {name: value for name, value in encoder.items() if name != "revision"}
 
 
 def _manifest(place: Location, part: _Part) -> Manifest:
