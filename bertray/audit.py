@@ -4,22 +4,25 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from bertray import checkpoints
+from bertray.clock import account
 from bertray.cluster import connected
 from bertray.embed import embed
 from bertray.errors import BertrayError, StoreError
+from bertray.journal import entries
 from bertray.lease import held, holder
 from bertray.progress import Progress
 from bertray.sources import Columns, Unit, looked_at_again
 from bertray.spec import RaySizes, encoder_of
 from bertray.splits import Split, planned
 from bertray.storage import Location
-from bertray.store import Manifest, Receipt, Store
+from bertray.store import STARTING, Manifest, Receipt, Store
 
 _RECENT = 600.0  # seconds before the last shard that tell the speed
 _THREADS = 4
@@ -44,36 +47,46 @@ def status(folder: str) -> dict[str, Any]:
 
     Returns:
         output; running: who is at work there, or None; stores: for each what is done, missing and set aside, rows a
-        second over the last ten minutes of work, seconds left at that speed, and the units at work; head and report:
-        whether they are there.
+        second over the last ten minutes of work, seconds left at that speed, and the units at work, with the process,
+        its host and since when (of a process that starts there is no file); spent: where the time of the devices went
+        and what it cost, as far as shards tell; last: the last line of the run's log, or None; head and report: whether
+        they are there.
 
     Raises:
         BertrayError: it is not a run's folder.
     """
     place = Location(folder)
-    stores = [_status(each) for each in _stores(place)]
     running = holder(place)
+    found = [(each, *_receipts(each)) for each in _stores(place)]
+    log = list(entries(place))
+    price = next((line["price"] for line in reversed(log) if "price" in line), 0.0)
     return {
         "output": place.url,
         "running": asdict(running) if running else None,
-        "stores": stores,
+        "stores": [_status(*each) for each in found],
+        "spent": account((receipt.spent for _, receipts, _ in found for receipt in receipts.values()), price),
+        "last": log[-1] if log else None,
         "head": (place / "head" / "bundle.json").exists(),
         "report": (place / "report.html").exists(),
     }
 
 
-def _status(each: _Planned) -> dict[str, Any]:
+def _receipts(each: _Planned) -> tuple[dict[str, Receipt], bool]:
+    """The receipts of the units that are done, and whether the store is complete."""
     manifest = each.store.manifest()
     keys = [unit.key for unit in each.units]
     complete = manifest is not None and manifest.holds(keys)
-    receipts = {r.unit: r for r in manifest.units} if manifest and complete else each.store.done(keys)
+    return {r.unit: r for r in manifest.units} if manifest and complete else each.store.done(keys), complete
+
+
+def _status(each: _Planned, receipts: Mapping[str, Receipt], complete: bool) -> dict[str, Any]:
     done = sum(unit.rows for unit in each.units if unit.key in receipts)
     rate = _rate(each.store, receipts)
     return {
         "name": each.name,
         "split": each.plan["split"],
         "complete": complete,
-        "units": len(keys),
+        "units": len(each.units),
         "units_done": len(receipts),
         "rows": each.rows,
         "rows_done": done,
@@ -101,17 +114,21 @@ def _at_work(each: _Planned, receipts: Mapping[str, Receipt]) -> Iterator[dict[s
     units = {unit.key: unit for unit in each.units}
     for file in each.store.attempts():
         key = file.name.removesuffix(".json")
-        if key in units and key not in receipts and (attempt := each.store.attempt(key)):
-            unit = units[key]
-            yield {
-                "file": unit.name,
-                "start": unit.start,
-                "stop": unit.stop,
-                "host": attempt.host,
-                "pid": attempt.pid,
-                "seconds": round(time.time() - attempt.since, 1),
-                "run": attempt.run,
-            }
+        starts = key.startswith(STARTING)
+        if key in receipts or not (starts or key in units) or not (attempt := each.store.attempt(key)):
+            continue
+        since = datetime.fromtimestamp(attempt.since, UTC)
+        unit = None if starts else units[key]
+        yield {
+            "file": unit.name if unit else None,
+            "start": unit.start if unit else None,
+            "stop": unit.stop if unit else None,
+            "host": attempt.host,
+            "pid": attempt.pid,
+            "since": since.isoformat(timespec="seconds"),
+            "seconds": round(time.time() - attempt.since, 1),
+            "run": attempt.run,
+        }
 
 
 def verify(folder: str, repair: bool = False) -> dict[str, Any]:

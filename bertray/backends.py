@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from bertray import native
+from bertray.clock import Stopwatch
 from bertray.errors import CheckpointError
 from bertray.features import Feature
 from bertray.progress import log
@@ -35,12 +36,14 @@ _SAME = 0.9  # a lower one is no matter of precision: the backend does not fit t
 
 class Backend(Protocol):
     """name: what it is, for logs and reports; precision: what it computes in; block: texts to hand over at once;
-    steps: how many packs went through the layers so far."""
+    steps: how many packs went through the layers so far; busy: the time in which some did; budget: tokens of a pack."""
 
     name: str
     precision: str
     block: int
     steps: int
+    busy: Stopwatch
+    budget: int
 
     def start(self, tokens: Tokens) -> Callable[[], NDArray[Any]]:
         """Begin to encode texts sorted by falling length; the result, once called, waits for the vectors of their
@@ -139,7 +142,7 @@ class TorchBackend:
         self.name = f"{precision} by torch on {device}"
         self.block = _BLOCKS[device]
         self.budget = _BUDGETS[device]
-        self.steps = 0
+        self.steps, self.busy = 0, Stopwatch()
         self._model, self._device = model, device
         self._pooler = getattr(model, "pooler", None)
         self._give(features)
@@ -158,6 +161,24 @@ class TorchBackend:
     @torch.inference_mode()
     def start(self, tokens: Tokens) -> Callable[[], NDArray[Any]]:
         """Begin to encode texts sorted by falling length. On CUDA this returns while the device works."""
+        if self._device == "cpu":
+            with self.busy:
+                return self._vectors(tokens).numpy
+        begun, copied = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record()
+        vectors = self._vectors(tokens)
+        host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
+        host.copy_(vectors, non_blocking=True)
+        copied.record()
+
+        def finish() -> NDArray[Any]:
+            copied.synchronize()
+            self.busy.add(begun.elapsed_time(copied) / 1000)  # blocks follow one another on the device's one stream
+            return host.numpy()
+
+        return finish
+
+    def _vectors(self, tokens: Tokens) -> torch.Tensor:
         ids, types = self._moved(tokens.ids), self._moved(tokens.types)
         parts: list[torch.Tensor] = []
         start = 0
@@ -174,19 +195,7 @@ class TorchBackend:
                     raise
                 self._halve(end - start, int(tokens.offsets[end] - tokens.offsets[start]))
         # Vectors leave the device in the precision that is stored.
-        vectors = torch.cat(parts).to(_stored(self.precision))
-        if self._device == "cpu":
-            return vectors.numpy
-        host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
-        host.copy_(vectors, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-
-        def finish() -> NDArray[Any]:
-            copied.synchronize()
-            return host.numpy()
-
-        return finish
+        return torch.cat(parts).to(_stored(self.precision))
 
     def _moved(self, array: NDArray[np.int64]) -> torch.Tensor:
         tensor = torch.from_numpy(array)

@@ -302,11 +302,19 @@ def _print_summary(summary: dict[str, Any]) -> None:
         score = "" if example["score"] is None else f" ({example['score']:.2f})"
         print(f"  {example['text']} -> {example['label']}{score}")
     print(f"{'time':<9} " + ", ".join(f"{step} {seconds:.1f} s" for step, seconds in summary["seconds"].items()))
+    _print_spent(summary["spent"])
     if "metrics" in summary:
         print(f"{'report':<9} {summary['report']}\n{'bundle':<9} {summary['bundle']}")
         print(f"{'next':<9} {_command()} serve {summary['bundle']}")
     else:
         print(f"{'written':<9} {summary['output']}")
+
+
+def _print_spent(spent: dict[str, Any]) -> None:
+    from bertray.clock import lines
+
+    for title, line in lines(spent):
+        print(f"{title:<9} {line}")
 
 
 def _spoken(metric: str) -> str:
@@ -428,12 +436,17 @@ def _status(options: argparse.Namespace) -> dict[str, Any]:
         for store in found["stores"]:
             print(_status_line(store))
             for unit in store["at_work"]:
+                what = f"{unit['file']}, rows {unit['start']:,} to {unit['stop']:,}" if unit["file"] else "starting"
                 print(
-                    f"  {'at work' if found['running'] else 'broken off'}: {unit['file']}, rows {unit['start']:,} to "
-                    f"{unit['stop']:,}, process {unit['pid']} on {unit['host']}, begun {unit['seconds']:,.0f} s ago"
+                    f"  {'at work' if found['running'] else 'broken off'}: {what}, process {unit['pid']} on "
+                    f"{unit['host']}, begun at {unit['since']}, {unit['seconds']:,.0f} s ago"
                 )
-        running = found["running"]
+        running, last = found["running"], found["last"]
         print("running   " + (f"process {running['pid']} on {running['host']}" if running else "no"))
+        if last:
+            how = last.get("outcome", "begun") + (f" ({last['error']})" if "error" in last else "")
+            print(f"last step {last['step']}, {how}, {last['time']}")
+        _print_spent(found["spent"])
         print(f"head      {'fitted' if found['head'] else 'not fitted yet'}")
         print(f"report    {found['output'] + '/report.html' if found['report'] else 'not written yet'}")
     return found

@@ -92,6 +92,7 @@ def embed(
             sizes.patience,
             features,
             siamese,
+            not solo.alone(),
         )
         total = sum(unit.rows for split in splits for unit in split.units)
         missing = sum(unit.rows for _, unit in todo)

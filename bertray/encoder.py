@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from bertray import backends
 from bertray.checkpoints import Checkpoint
+from bertray.clock import Stopwatch
 from bertray.errors import BertrayError, CheckpointError
 from bertray.features import Feature, features
 from bertray.native import first_position
@@ -106,7 +107,7 @@ class Encoder:
         self._facts.check(spec, self.features)
         self.backend = backends.choose(model, spec.precision, self.features, device, threads)
         self._checkpoint, self._stored = checkpoint, stored_dtype(spec.precision)
-        self._beginning = Lock()
+        self.tokenizing, self._beginning = Stopwatch(), Lock()
         self._blocks_begun = 0
         self._read(spec, part)
 
@@ -132,6 +133,14 @@ class Encoder:
         folder = self._checkpoint.folder
         self.tokenizer = Tokenizer(folder, spec.max_length, spec.truncation, spec.overlap, part)
         self._block = self.backend.block if part == "text" else _BLOCK_OF_WORDS
+
+    def flops(self, tokens: NDArray[np.int64], windows: NDArray[np.int64]) -> float:
+        """Operations that the layers up to the highest one asked for take for texts of so many tokens in so many
+        windows: two for each weight and token, and for attention four for each pair of tokens and each of its
+        numbers."""
+        layers = max(feature.layer for feature in self.features)
+        pairs = tokens * (tokens / np.maximum(windows, 1))
+        return layers * float(2 * self._facts.weights * tokens.sum() + 4 * self._facts.width * pairs.sum())
 
     @property
     def steps(self) -> int:
@@ -247,7 +256,12 @@ class Encoder:
 
     def _job(self, inputs: "_Inputs", span: slice, strict: bool) -> Callable[[], Tokens]:
         texts, pairs, words = inputs
-        return lambda: self.tokenizer(texts[span], pairs and pairs[span], strict, words and words[span])
+
+        def tokenize() -> Tokens:
+            with self.tokenizing:
+                return self.tokenizer(texts[span], pairs and pairs[span], strict, words and words[span])
+
+        return tokenize
 
     def _begun(self, tokenized: Callable[[], Tokens], out: Encoded) -> Callable[[], None]:
         """Begin to encode a block into `out`; what is returned waits until it is there, and raises what went wrong."""
@@ -376,8 +390,8 @@ def stored_dtype(precision: str) -> Any:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What a checkpoint has: its name, how many layers, the size of its vectors and vocabulary, how many tokens it can
-    read, whether it tells the texts of a pair apart, whether its pooler is trained."""
+    """What a checkpoint has: its name, how many layers, the weights of a layer, the size of its vectors and vocabulary,
+    how many tokens it can read, whether it tells the texts of a pair apart, whether its pooler is trained."""
 
     name: str
     layers: int
@@ -386,6 +400,7 @@ class _Facts:
     limit: int | None
     typed: bool
     pooler: bool
+    weights: int
 
     def check(self, spec: EncoderSpec, features: Sequence[Feature]) -> None:
         """Whether it has what is asked of it.
@@ -452,5 +467,15 @@ def load(checkpoint: Checkpoint, attention: str = "") -> tuple[Any, _Facts]:
         None if limit is None else int(limit) - first_position(model),
         getattr(config, "type_vocab_size", 0) > 1,
         getattr(model, "pooler", None) is not None,
+        _weights_of_layers(model) // int(config.num_hidden_layers),
     )
     return model.requires_grad_(False), facts
+
+
+def _weights_of_layers(model: Any) -> int:
+    """Weights that every token is multiplied with: all matrices but those of embeddings and pooler."""
+    return sum(
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if weight.dim() == 2 and not name.startswith(("embeddings.", "pooler."))
+    )

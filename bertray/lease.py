@@ -59,8 +59,8 @@ def holder(folder: Location) -> Holder | None:
     if found is None:
         return None
     if not folder.local:
-        changed = (folder / _FILE).match()[0].changed
-        return found if time.time() - changed < _ENDED else None
+        renewed = (folder / _FILE).file()
+        return found if renewed and time.time() - renewed.changed < _ENDED else None
     try:
         with open((folder / _FILE).path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

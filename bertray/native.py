@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from bertray.cache import home
+from bertray.clock import Stopwatch
 from bertray.features import Feature
 from bertray.tokens import Tokens
 
@@ -163,7 +164,8 @@ class NativeBackend:
         self.name = f"{precision} by bertray's kernels for AVX-512 VNNI"
         self.precision = precision
         self.block = BLOCK
-        self.steps = 0
+        self.budget = _SLAB
+        self.steps, self.busy = 0, Stopwatch()
         self._counting = threading.Lock()
         self.width = int(model.config.hidden_size)
         self._library = _library()[0]
@@ -221,17 +223,18 @@ class NativeBackend:
             starts, stops = tokens.segments.starts[own] - first, tokens.segments.stops[own] - first
             segments = [starts.ctypes.data, stops.ctypes.data, len(starts)]
         firsts = np.arange(len(offsets))
-        self._library.encode(
-            model,
-            ids.ctypes.data,
-            types.ctypes.data,
-            offsets.ctypes.data,
-            stop - start,
-            *segments,
-            firsts.ctypes.data,
-            vectors[out:].ctypes.data,
-            scratch.ctypes.data,
-        )
+        with self.busy:
+            self._library.encode(
+                model,
+                ids.ctypes.data,
+                types.ctypes.data,
+                offsets.ctypes.data,
+                stop - start,
+                *segments,
+                firsts.ctypes.data,
+                vectors[out:].ctypes.data,
+                scratch.ctypes.data,
+            )
         with self._counting:
             self.steps += 1
 

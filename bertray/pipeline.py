@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from bertray import answers, checkpoints, labels, pairs
 from bertray import bundle as bundles
 from bertray.annotations import part_of
 from bertray.bundle import Bundle
+from bertray.clock import account
 from bertray.cluster import connected
 from bertray.embed import embed, reasons, versions
 from bertray.errors import BundleError, SourceError, SpecError
 from bertray.evaluate import Evaluation, evaluate
 from bertray.examine import details as examine
+from bertray.journal import Journal
 from bertray.lease import held
 from bertray.progress import log
 from bertray.samples import Wanted
@@ -90,6 +93,7 @@ class _Run:
             self.saved: dict[str, Any] = json.loads(path.read()) if path.exists() else {}
         except ValueError:
             self.saved = {}  # damaged: as good as missing
+        self.journal = Journal(folder, run, bertray=version("bertray"), price=spec.ray.price, **self.seconds)
 
     def until(self, last: str) -> dict[str, Any]:
         with ExitStack() as stack:
@@ -106,8 +110,14 @@ class _Run:
 
     def _timed(self, step: str, action: Callable[[], Any]) -> Any:
         started = time.perf_counter()
-        result = action()
-        self.seconds.setdefault(step, round(time.perf_counter() - started, 3))
+        with self.journal.step(step) as told:
+            result = action()
+            self.seconds.setdefault(step, round(time.perf_counter() - started, 3))
+            if not self.seconds[step]:
+                told["outcome"] = "done already"
+            if step == "embed":
+                told |= {"rows": {name: manifest.counts for name, manifest in self.manifests.items()}}
+                told |= {"faults": self._faults(), "spent": self._spent()}
         return result
 
     # --- steps --------------------------------------------------------------------------------------------
@@ -293,7 +303,9 @@ class _Run:
         path = self.folder / "metrics.json"
         if self.saved.get("fingerprint") == made and path.exists() and (self.folder / "report.html").exists():
             log.info("evaluating: done already")
-            return {**self.saved, **self._places()}
+            with self.journal.step("evaluate") as told:
+                told["outcome"] = "done already"
+            return {**self.saved, "spent": self._spent(), **self._places()}
         path.delete()  # while predictions and report change, they are nobody's
         for name in _JUDGED:
             (self.folder / "predictions" / f"{name}.parquet").delete()
@@ -388,6 +400,7 @@ class _Run:
             "encoder": {**self.spec.encoder.model_dump(mode="json"), "backends": self._backends()},
             "rows": rows,
             "faults": self._faults(),
+            "spent": self._spent(),
             "seconds": self.seconds,
             **more,
         }
@@ -405,6 +418,10 @@ class _Run:
         storage that were repeated."""
         lost = sum(unit.lost for unit in self._units)
         return {"units_begun_again": lost, "storage_retries": sum(unit.retries for unit in self._units) + retries()}
+
+    def _spent(self) -> dict[str, Any]:
+        """Where the time of the encoder processes went, of all runs that made the vectors, and what it cost."""
+        return account((unit.spent for unit in self._units), self.spec.ray.price)
 
     def _places(self) -> dict[str, str]:
         places = {"output": self.folder, "report": self.folder / "report.html", "bundle": self.folder / "head"}

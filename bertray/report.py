@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bertray import clock
+
 Facts = Mapping[str, Any]
 
 _TITLES = {
@@ -320,7 +322,8 @@ def _time(summary: Facts) -> dict[str, Any]:
     seconds = {step: s for step, s in (summary.get("seconds") or {}).items() if s is not None}
     longest = max((s for step, s in seconds.items() if step != "total"), default=0.0) or 1.0
     steps = [(step, s, min(1.0, s / longest) if step != "total" else None) for step, s in seconds.items()]
-    return {"steps": steps, "faults": summary.get("faults") or {}} if steps else {}
+    spent = [f"{title.capitalize()}: {line}." for title, line in clock.lines(summary.get("spent") or {})]
+    return {"steps": steps, "faults": summary.get("faults") or {}, "spent": spent} if steps else {}
 
 
 def _map(points: Facts | None, numbers: bool) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -23,6 +23,7 @@ from bertray.storage import FileInfo, Location
 from bertray.vectors import column_path, vector_columns, vectors_of
 
 _RECEIPT, _CHECKSUM = b"bertray.receipt", b"bertray.checksum"
+STARTING = "start-"  # how attempts are named that are of no unit, but of an encoder process to start
 _THREADS = 16  # that wait for storage at once
 
 
@@ -34,6 +35,7 @@ class Receipt:
     labels: how many rows have each label; backend: what ran the encoder's layers.
     windowed: rows that were encoded in several windows.
     lost: how often the unit was begun and not finished, since a process ended; retries: of storage, meanwhile.
+    spent: where the time of the process went since its last receipt, as in `clock`; empty where that is not known.
     checksum: SHA-256 of the shard.
     """
 
@@ -49,6 +51,7 @@ class Receipt:
     windowed: int = 0
     lost: int = 0
     retries: int = 0
+    spent: dict[str, float] = field(default_factory=dict)
     checksum: str = ""
 
 
@@ -124,11 +127,23 @@ class Store:
     def location(self) -> Location:
         return Location(self.url)
 
+    @property
+    def run_name(self) -> str:
+        """The name of the run's folder, or where it is in none, its own."""
+        *_, above, parent, name = ["", "", *self.url.rstrip("/").split("/")]
+        return above if parent == "stores" else name
+
     def shard(self, unit: str) -> Location:
         return self.location / "shards" / f"{unit}.parquet"
 
-    def write_shard(self, receipt: Receipt, table: pa.Table, rejects: pa.Table) -> Receipt:
-        """Write what a unit gave: rejects first, then the shard, whose presence means that the unit is done."""
+    def write_shard(
+        self, receipt: Receipt, table: pa.Table, rejects: pa.Table, spent: Callable[[], dict[str, float]] = dict
+    ) -> Receipt:
+        """Write what a unit gave: rejects first, then the shard, whose presence means that the unit is done.
+
+        Args:
+            spent: tells the receipt's `spent` when all of the shard but its receipt is made.
+        """
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rejects.to_pylist()]
         if lines:
             self._rejects(receipt.unit).write("".join(lines).encode())
@@ -145,6 +160,7 @@ class Store:
             write_page_checksum=True,
         ) as writer:
             writer.write_table(table)
+            receipt = replace(receipt, spent=spent())
             writer.add_key_value_metadata({_RECEIPT: json.dumps(asdict(receipt)), _CHECKSUM: _UNSEALED})
         data, checksum = _sealed(sink.getvalue())
         self.shard(receipt.unit).write(data)

@@ -22,13 +22,15 @@ from numpy.typing import NDArray
 
 from bertray import checkpoints, labels, pairs
 from bertray.annotations import tags_of, words_of
+from bertray.clock import Clock, Stopwatch
 from bertray.errors import BertrayError, CheckpointError, ClusterError, StoreError
 from bertray.features import parse
+from bertray.meters import Meters
 from bertray.progress import log
 from bertray.sources import Batch, Columns, Reader, Unit, empty, set_aside
 from bertray.spec import Encoder as EncoderSpec
 from bertray.storage import Location, retries
-from bertray.store import Attempt, Receipt, Store
+from bertray.store import STARTING, Attempt, Receipt, Store
 from bertray.vectors import with_vectors
 
 UNITS_AT_ONCE = 3  # one is read, one encoded, one written
@@ -41,6 +43,7 @@ class Job:
     """What an encoder process has to know.
 
     features: what vectors consist of; empty where the encoder's spec tells. siamese: whether pairs are encoded apart.
+    metered: whether Ray has agents that show metrics.
     """
 
     checkpoint: str
@@ -55,6 +58,7 @@ class Job:
     patience: int = 600
     features: tuple[str, ...] = ()
     siamese: bool = False
+    metered: bool = False
 
 
 class UnitEncoder:
@@ -65,15 +69,20 @@ class UnitEncoder:
     """
 
     def __init__(self, job: Job, device: str, threads: int) -> None:
-        self.job = job
+        self.job, self._clock = job, Clock()
+        self._reads, self._writes, self._operations = Stopwatch(), Stopwatch(), 0.0
         self._readers = {split: Reader(columns) for split, columns in job.columns.items()}
         self._reading = ThreadPoolExecutor(1)
         self.failure: Exception | None = None  # an actor that cannot start is restarted for ever: units tell of it
-        store, start = next(iter(job.stores.values())), f"start-{_actor()}"
+        store, start = next(iter(job.stores.values())), f"{STARTING}{_actor()}"
         try:
             attempt = store.begin(start, job.run, _node())
             self.encoder = self._loaded(attempt, device, threads)
             store.end(start)
+            self._clock.ready(
+                encode=self.encoder.backend.busy, read=self._reads, tokenize=self.encoder.tokenizing, write=self._writes
+            )
+            self._meters = Meters(store.run_name, *_device(device), shown=job.metered)
         except (BertrayError, OSError) as error:
             self.failure = error
         self._at_work: dict[tuple[str, str], Attempt] = {}
@@ -171,6 +180,8 @@ class UnitEncoder:
                     for (split, key), attempt in self._at_work.items():
                         self.job.stores[split].renew(key, attempt)
             seen = signs
+            with suppress(Exception):  # what is shown must not end what keeps units alive
+                self._look()
 
     def _encode(self, split: str, unit: Unit, attempt: Attempt) -> Receipt:
         started = time.perf_counter()
@@ -184,6 +195,8 @@ class UnitEncoder:
             encoded, failed = pairs.encode(self.encoder, texts, second)
         else:
             encoded, failed = self.encoder.encode_rows(texts, second, _words(batch.rows))
+        with self._lock:
+            self._operations += self.encoder.flops(encoded.tokens, encoded.windows)
         batch = set_aside(batch, failed)
         kept = np.delete(np.arange(len(encoded.tokens)), list(failed))
         encoded = encoded.take(kept)
@@ -208,14 +221,28 @@ class UnitEncoder:
         self._signs += 1
         if done := self.job.stores[split].receipt(unit.key):  # another process has gone on with what this one had
             return done
-        table = self.job.finish(rows, encoded, list(map(str, self.encoder.features)))
-        return self.job.stores[split].write_shard(receipt, table, batch.rejects)
+        with self._writes:
+            table = self.job.finish(rows, encoded, list(map(str, self.encoder.features)))
+            receipt = self.job.stores[split].write_shard(receipt, table, batch.rejects, self._clock.untold)
+        counts = {"rows": receipt.rows, "tokens": receipt.tokens, "rejects": receipt.rejected}
+        self._meters.count(split, counts)
+        self._look()
+        return receipt
 
     def _read(self, split: str, unit: Unit) -> Batch:
-        reader = self._readers[split]
-        batch = self._reading.submit(Location(unit.url).patiently, lambda: reader.read(unit)).result()
+        def read() -> Batch:
+            with self._reads:
+                return Location(unit.url).patiently(lambda: self._readers[split].read(unit))
+
+        batch = self._reading.submit(read).result()
         self._signs += 1
         return batch
+
+    def _look(self) -> None:
+        """Show how busy the device is."""
+        if not self.failure:
+            backend = self.encoder.backend
+            self._meters.look(backend.busy.seconds, self._operations, backend.budget)
 
     def _new_retries(self) -> int:
         """How often something in storage was tried again since this was asked last."""
@@ -236,6 +263,17 @@ def _actor() -> str:
     import ray
 
     return str(ray.get_runtime_context().get_actor_id()) if ray.is_initialized() else ""
+
+
+def _device(kind: str) -> tuple[str, str]:
+    """What metrics call the device of this process, and its name."""
+    if kind == "cpu":
+        return "cpu", ""
+    import ray
+    import torch
+
+    numbers = ray.get_gpu_ids() if ray.is_initialized() else []
+    return f"cuda:{','.join(map(str, numbers))}", torch.cuda.get_device_name()
 
 
 def _words(rows: pa.Table) -> list[NDArray[np.int64] | None] | None:

@@ -1,0 +1,97 @@
+"""Metrics of encoder processes for Prometheus, through the agent that a Ray cluster has on each node. Knows nothing of
+how they encode.
+
+A node shows them at its metrics port: `ray_bertray_rows_total`, `ray_bertray_tokens_total`, `ray_bertray_rejects_total`
+(counters, by run and split), `ray_bertray_token_budget`, `ray_bertray_idle_share` and `ray_bertray_mfu` (gauges, by run
+and device), each with Ray's own tags of node and process.
+"""
+
+import re
+import time
+from collections.abc import Mapping
+
+_LEAST_SECONDS = 5.0  # that a share is taken over
+# Dense bf16 operations a second, by words of the device's name as torch tells it: NVIDIA's data sheets.
+_PEAKS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "A100": 312e12,
+    "A30": 165e12,
+    "A10": 125e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+}
+
+
+def peak(device: str) -> float:
+    """Dense bf16 operations a second of a device of that name, such as NVIDIA H100 80GB HBM3; 0 where not known."""
+    words = set(re.split(r"[\s-]+", device))
+    fitting = [name for name in _PEAKS if set(name.split()) <= words]
+    return _PEAKS[max(fitting, key=len)] if fitting else 0.0
+
+
+class Meters:
+    """What one encoder process has done, and how busy its device is."""
+
+    def __init__(self, run: str, device: str, model: str = "", shown: bool = True) -> None:
+        """
+        Args:
+            device: what its metrics call it, such as `cuda:0`; model: its name as torch tells it, empty for CPUs.
+            shown: whether there is an agent to tell; without one nothing is recorded.
+        """
+        self._run, self._device, self._peak, self._shown = run, device, peak(model), shown
+        self._seen = (time.perf_counter(), 0.0, 0.0)
+        if not shown:
+            return
+        from ray.util.metrics import Counter, Gauge
+
+        self._counters = {
+            name: Counter(f"bertray_{name}", text, ("run", "split"))
+            for name, text in (
+                ("rows", "rows encoded"),
+                ("tokens", "tokens encoded"),
+                ("rejects", "rows set aside"),
+            )
+        }
+        self._gauges = {
+            name: Gauge(f"bertray_{name}", text, ("run", "device"))
+            for name, text in (
+                ("token_budget", "tokens of a pack that goes through the layers at once"),
+                ("idle_share", "share of the time in which nothing was encoded"),
+                *([("mfu", "operations of the layers, as a share of the device's dense bf16 peak")] * bool(self._peak)),
+            )
+        }
+
+    def count(self, split: str, counts: Mapping[str, int]) -> None:
+        """Count rows, tokens and rejects of a unit that is done."""
+        if self._shown:
+            for name, count in counts.items():
+                if count:  # Ray's counters refuse 0
+                    self._counters[name].inc(count, {"run": self._run, "split": split})
+
+    def look(self, encoding: float, operations: float, budget: int) -> None:
+        """Show how busy the device was since the last look, unless that was a moment ago.
+
+        Args:
+            encoding: seconds in which the process has encoded so far.
+            operations: of the layers so far.
+            budget: tokens of a pack.
+        """
+        now, (then, encoded, done) = time.perf_counter(), self._seen
+        if not self._shown or now - then < _LEAST_SECONDS:
+            return
+        self._seen = (now, encoding, operations)
+        busy = min(1.0, max(0.0, (encoding - encoded) / (now - then)))
+        self._show("idle_share", 1.0 - busy)
+        self._show("token_budget", budget)
+        if self._peak:
+            self._show("mfu", (operations - done) / (now - then) / self._peak)
+
+    def _show(self, name: str, value: float) -> None:
+        self._gauges[name].set(value, {"run": self._run, "device": self._device})
