@@ -85,8 +85,11 @@ class Clock:
         """Seconds by name since this was asked last, without what is none. On CUDA encoding shows when a block ends, so
         that a part may have less than no idle time: the sum is right."""
         with self._lock:
-            before, self._told = self._told, self.now()
-        parts = {name: round(seconds - before.get(name, 0.0), 3) for name, seconds in self._told.items()}
+            now = self.now()
+            parts = {name: round(seconds - self._told.get(name, 0.0), 3) for name, seconds in now.items()}
+            self._told = {
+                name: self._told.get(name, 0.0) + part for name, part in parts.items()
+            }  # rounding is not lost
         return {name: seconds for name, seconds in parts.items() if seconds}
 
 

@@ -8,6 +8,7 @@ again with what is missing.
 import json
 import logging
 import platform
+import re
 import threading
 import time
 from collections import Counter
@@ -212,6 +213,7 @@ def _rows(todo: list[tuple[str, Unit]], job: Job, workers: Workers) -> Iterator[
         num_cpus=workers.num_cpus,
         num_gpus=workers.num_gpus,
     )
+    receipts.set_name(f"embed_{re.sub(r'[^A-Za-z0-9_]', '_', next(iter(job.stores.values())).run_name)}")
     with solo.running():
         for batch in receipts.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
             for row in batch.to_pylist():

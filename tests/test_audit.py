@@ -1,15 +1,26 @@
 """Status and verification of a run's folder, and its repair."""
 
 import json
+import os
+import platform
 import shutil
+import time
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from chaos import ENVIRONMENT, embed_spec
+from chaos import bertray as bertray_command
+from conftest import MINILM
+from test_faults import wait_for
 
 import bertray
 from bertray import audit
 from bertray.errors import BertrayError, SourceError
+from bertray.storage import Location
 from bertray.store import Store
 
 
@@ -64,6 +75,49 @@ def test_status_of_a_run_that_was_killed(run):
     assert (store["rows_done"], store["rows_missing"], store["units_done"], store["complete"]) == (50, 10, 5, False)
     (unit,) = store["at_work"]
     assert (unit["file"], unit["start"], unit["stop"]) == ("rows.jsonl", 20, 30)
+
+
+def test_status_of_a_run_elsewhere_in_an_object_store(s3, tmp_path, monkeypatch):
+    """While it goes on, and when it has ended."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
+        monkeypatch.setitem(ENVIRONMENT, name, os.environ[name])
+    lines = (json.dumps({"text": f"{i} the cat sat on the mat " * 12, "label": i % 2}) + "\n" for i in range(3_000))
+    Location(f"{s3}/status/rows.jsonl").write("".join(lines).encode())
+    run = f"{s3}/status/run"
+    file = embed_spec(
+        tmp_path,
+        data={"train": f"{s3}/status/rows.jsonl", "unit_rows": 50},
+        encoder={"model": MINILM, "pooling": "mean"},
+        ray={"address": "local", "price": 2.0},
+        output=run,
+    )
+    process = bertray_command("embed", file)
+
+    def status():
+        assert process.poll() is None, process.communicate()
+        with suppress(BertrayError):  # nothing is there yet
+            return audit.status(run)
+
+    seen = [wait_for(lambda: (found := status()) and found["stores"][0]["at_work"] and found)]
+    assert seen[0]["running"]["pid"] == process.pid
+    assert seen[0]["last"]["step"] == "embed" and seen[0]["last"]["event"] == "start"
+    found = wait_for(lambda: (found := status()) and found["stores"][0]["units_done"] > 2 and found)
+    (store,), at_work = found["stores"], found["stores"][0]["at_work"]
+    assert store["rows_done"] == 50 * store["units_done"] and store["rows_missing"] == 3_000 - store["rows_done"] > 0
+    assert store["seconds_left"] == pytest.approx(store["rows_missing"] / store["rows_per_second"], rel=0.02)
+    for unit in at_work:
+        assert b"UnitEncoder" in (Path("/proc") / str(unit["pid"]) / "cmdline").read_bytes()
+        assert unit["host"] == platform.node()
+        assert abs(datetime.fromisoformat(unit["since"]).timestamp() + unit["seconds"] - time.time()) < 5
+        assert unit["file"] == "rows.jsonl" and unit["stop"] == unit["start"] + 50
+    assert 0 < found["spent"]["shares"]["encode"] < 1
+    _, errors = process.communicate(timeout=150)
+    assert process.returncode == 0, errors
+    found = audit.status(run)
+    (store,) = found["stores"]
+    assert (found["running"], store["complete"], store["rows_missing"], store["at_work"]) == (None, True, 0, [])
+    assert (found["last"]["step"], found["last"]["outcome"]) == ("embed", "done")
+    assert found["spent"] == found["last"]["spent"] and found["spent"]["cost"] > 0
 
 
 def test_a_run_that_is_whole(run):

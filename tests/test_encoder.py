@@ -1,6 +1,7 @@
 """The encoder against plain transformers, one text at a time."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
@@ -559,3 +560,32 @@ def test_words_do_not_depend_on_what_is_encoded_beside(minilm):
     together = encoder.encode(texts)
     for row in (0, 1, 2, 3, 517):
         np.testing.assert_array_equal(together.vectors[row], encoder.encode([texts[row]]).vectors[0])
+
+
+def test_operations_are_those_that_torch_counts(tiny):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from bertray.encoder import load
+
+    checkpoint, lengths = find(str(tiny)), (7, 100)
+    encoder = Encoder(checkpoint, EncoderSpec(model=str(tiny), pooling="mean", precision="fp32"))
+    model = load(checkpoint, "eager")[0]
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        for length in lengths:
+            model(torch.zeros(1, length, dtype=torch.int64))
+    of_poolers = len(lengths) * 2 * model.config.hidden_size**2
+    tokens = np.array(lengths)
+    assert encoder.flops(tokens, np.ones(2, np.int64)) == counter.get_total_flops() - of_poolers
+    windowed = encoder.flops(np.array([200]), np.array([2]))  # twice a hundred
+    assert windowed == 2 * encoder.flops(np.array([100]), np.array([1]))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_it_is_busy_while_it_encodes_and_only_then(tiny, precision):
+    encoder = Encoder(find(str(tiny)), EncoderSpec(model=str(tiny), pooling="mean", precision=precision))
+    before, started = (encoder.backend.busy.seconds, encoder.tokenizing.seconds), time.perf_counter()
+    encoder.encode(["the cat sat on the mat " * 20] * 300)
+    passed, after = time.perf_counter() - started, (encoder.backend.busy.seconds, encoder.tokenizing.seconds)
+    assert all(0 < now - then < passed for now, then in zip(after, before, strict=True))
+    time.sleep(0.05)
+    assert (encoder.backend.busy.seconds, encoder.tokenizing.seconds) == after

@@ -16,6 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import MINILM, ROOT, free_port, wait_until
+from prometheus_client.parser import text_string_to_metric_families
+
+from bertray.store import Store
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -24,19 +27,22 @@ RAY = str(Path(sys.executable).with_name("ray"))
 def cluster(tmp_path_factory):
     """The environment of a user who started a cluster as the README says, with a home folder of its own."""
     home = tmp_path_factory.mktemp("home")
-    port, dashboard = free_port(), free_port()
+    port, dashboard, metrics = free_port(), free_port(), free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment["PATH"] = f"{Path(RAY).parent}{os.pathsep}{environment['PATH']}"  # as after `activate`
     environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": f"/tmp/bertray-{os.getpid()}"}
+    environment["RAY_metrics_report_interval_ms"] = "1000"  # so that tests need not wait
     subprocess.run([RAY, "get-auth-token", "--generate"], env=environment, check=True, timeout=60, capture_output=True)
     started = subprocess.run(
         [RAY, "start", "--head", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}",
-         f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
+         f"--metrics-export-port={metrics}", f"--dashboard-agent-listen-port={free_port()}",
+         f"--ray-client-server-port={free_port()}",
          "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={environment['RAY_TMPDIR']}"],
         env=environment, timeout=90, capture_output=True, text=True,
     )  # fmt: skip
     assert started.returncode == 0, started.stdout + started.stderr
-    yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    addresses = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}", "METRICS": f"http://127.0.0.1:{metrics}"}
+    yield environment | addresses
     # Not `ray stop`, which ends every cluster on the machine: only what inherited this one's folder.
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -103,6 +109,66 @@ def test_a_job_that_is_stopped_goes_on_when_it_is_submitted_again(cluster, rows_
     assert len(shards) == 80 and all(shards[name].stat().st_mtime_ns == written for name, written in done.items())
     ids = [value for path in shards.values() for value in pq.read_table(path, columns=["id"])["id"].to_pylist()]
     assert sorted(ids) == sorted(row["id"] for row in rows)
+
+
+def metrics_of(cluster, run):
+    """What the node shows Prometheus of a run: name -> [(labels, value)]."""
+    with urllib.request.urlopen(f"{cluster['METRICS']}/metrics", timeout=10) as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    found = {}
+    for sample in (sample for family in families for sample in family.samples):
+        if sample.name.startswith("ray_bertray_") and sample.labels.get("run") == run:
+            found.setdefault(sample.name.removeprefix("ray_bertray_"), []).append((sample.labels, sample.value))
+    return found
+
+
+def test_a_job_is_seen_by_prometheus_and_in_the_dashboard(cluster, rows_file, tmp_path):
+    words = "the cat sat on the mat and looked at the rain " * 20
+    rows = [{"text": f"{i} {words}" if i % 50 else None, "label": "x"} for i in range(1_500)]
+    files = {"train": rows_file(rows), "test": rows_file(rows[:150], "test.jsonl")}
+    spec = {"data": {**files, "unit_rows": 30}, "encoder": {"model": MINILM, "pooling": "mean", "precision": "fp32"}}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec | {"output": str(tmp_path / "seen")}))
+    begun = submit(cluster, "jobs/embed.py", tmp_path / "spec.yaml", options=["--no-wait", "--submission-id", "seen"])
+    assert begun.returncode == 0, begun.stdout + begun.stderr
+
+    def told():
+        return job(cluster, "logs", "seen")
+
+    wait_until(lambda: "idle_share" in metrics_of(cluster, "seen"), 90, told)
+    gauges = metrics_of(cluster, "seen")
+    for labels, value in gauges["idle_share"]:
+        assert labels["device"] == "cpu" and 0 <= value <= 1
+    assert all(value > 0 for _, value in gauges["token_budget"])
+    assert "mfu" not in gauges  # the peak of a CPU is not known
+    listed = subprocess.run(
+        [RAY, "list", "actors", "--address", cluster["RAY_API_SERVER_ADDRESS"], "--format", "json", "--filter",
+         "state=ALIVE"], env=cluster, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    (actor, *_) = (actor for actor in json.loads(listed.stdout) if "UnitEncoder" in actor["class_name"])
+    token = (Path(cluster["HOME"]) / ".ray" / "auth_token").read_text().strip()
+    address = f"{cluster['RAY_API_SERVER_ADDRESS']}/api/data/datasets/{actor['job_id']}"
+    request = urllib.request.Request(address, headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        (dataset,) = json.load(answer)["datasets"]
+    assert dataset["dataset"].startswith("embed_seen")
+    assert any("UnitEncoder" in operator["operator"] for operator in dataset["operators"]), dataset
+
+    wait_until(lambda: "succeeded" in job(cluster, "status", "seen"), 120, told)
+    assert "devices" in told()
+    for split, name in (("train", "train-*"), ("test", "test-*")):
+        (folder,) = (tmp_path / "seen" / "stores").glob(name)
+        counts = Store(str(folder)).complete().counts
+        assert counts["rejected"] == (30 if split == "train" else 3)
+        expected = {"rows": counts["rows"], "tokens": counts["tokens"], "rejects": counts["rejected"]}
+
+        def shown(split=split, names=tuple(expected)):
+            found = metrics_of(cluster, "seen")
+            return {
+                name: sum(value for labels, value in found.get(f"{name}_total", ()) if labels["split"] == split)
+                for name in names
+            }
+
+        wait_until(lambda shown=shown, expected=expected: shown() == expected, 30, lambda shown=shown: str(shown()))
 
 
 def test_a_service_is_deployed_and_its_heads_are_swapped_by_its_config(cluster, demo, tmp_path):

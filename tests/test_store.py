@@ -1,5 +1,8 @@
+import json
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import with_vectors
 
@@ -45,6 +48,38 @@ def test_a_shard_that_is_not_whole_counts_as_missing(tmp_path):
     store, _ = filled(tmp_path)
     store.shard("u1").write(store.shard("u1").read()[:-9])
     assert set(store.done(["u0", "u1", "u2"])) == {"u0", "u2"}
+
+
+def test_receipts_without_times_are_those_of_before(tmp_path):
+    store, manifest = filled(tmp_path)
+    store.finish(manifest)
+    shard = store.shard("u1").path
+    saved = json.loads((tmp_path / "manifest.json").read_text())
+    for unit in saved["units"]:
+        del unit["spent"]
+    (tmp_path / "manifest.json").write_text(json.dumps(saved))
+    table, old = pq.read_table(shard), {"unit": "u1", **saved["units"][1]}
+    with pq.ParquetWriter(shard, table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({"bertray.receipt": json.dumps(old), "bertray.checksum": ""})
+    assert store.receipt("u1") == store.manifest().units[1] == manifest.units[1]
+    assert store.receipt("u1").spent == {}
+
+
+def test_a_receipt_is_told_the_time_when_its_shard_is_made(tmp_path):
+    store = Store(str(tmp_path))
+    receipt = store.write_shard(
+        Receipt("u", 1, 0, 0, 0, 3, 0.1), pa.table({"id": ["a"], "label": ["b"]}), NO_REJECTS, lambda: {"encode": 1.5}
+    )
+    assert receipt.spent == store.receipt("u").spent == {"encode": 1.5}
+    assert store.check(receipt).num_rows == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "name"), [("s3://box/runs/demo/stores/train-1a", "demo"), ("/runs/out/", "out"), ("s3://box", "box")]
+)
+def test_a_store_knows_the_name_of_its_run(url, name):
+    assert Store(url).run_name == name
 
 
 def test_shards_of_other_units_stay_and_do_not_count(tmp_path):

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bertray.checkpoints import find
+from bertray.clock import BESIDE, HELD, account
 from bertray.sources import Columns, units
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import Source
@@ -59,6 +61,27 @@ def test_units_at_once_give_what_one_after_another_gives(tiny, tmp_path, cut):
         assert ours == theirs
     for unit in cut:
         assert pq.read_table(together.shard(unit.key).path).equals(pq.read_table(alone.shard(unit.key).path))
+
+
+def test_receipts_tell_where_the_time_went(tiny, tmp_path, cut):
+    store, started = Store(str(tmp_path / "store")), time.perf_counter()
+    encoder = actor(tiny, store)
+    begun = time.perf_counter()
+    answers(encoder, cut[:10], 3)
+    pause = time.perf_counter()
+    time.sleep(0.5)
+    waited = time.perf_counter() - pause
+    answers(encoder, cut[10:], 1)
+    passed = time.perf_counter() - started
+    receipts = store.done([unit.key for unit in cut])
+    total = account(receipt.spent for receipt in receipts.values())["seconds"]
+    assert sum(total[name] for name in HELD) == pytest.approx(passed, abs=0.1)
+    assert total["start"] == pytest.approx(begun - started, abs=0.05)
+    assert waited <= total["idle"] + 0.02
+    assert 0 < total["encode"] <= passed - waited - total["start"]
+    assert all(total[name] > 0 for name in BESIDE)
+    after = receipts[cut[10].key].spent  # the first one behind the pause
+    assert after["idle"] > 0.45 > after.get("encode", 0.0)
 
 
 def test_a_unit_that_fails_leaves_no_shard_and_the_others_theirs(tiny, tmp_path, cut):

@@ -1,0 +1,66 @@
+"""What encoder processes tell Prometheus; through a real agent: test_jobs."""
+
+import subprocess
+import sys
+
+import pytest
+
+from bertray.meters import Meters, peak
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("Tesla V100-SXM2-16GB", 0),
+        ("", 0),
+    ],
+)
+def test_peaks_by_the_names_of_devices(name, teraflops):
+    assert peak(name) == teraflops * 1e12
+
+
+def test_without_an_agent_nothing_is_recorded_and_ray_not_loaded():
+    code = (
+        "import sys; from bertray.meters import Meters; meters = Meters('run', 'cpu', '', False);"
+        "meters.count('train', {'rows': 1}); meters.look(1.0, 1.0, 448); assert 'ray' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+class Shown(Meters):
+    """Keeps what would be shown."""
+
+    def __init__(self, model):
+        super().__init__("run", "cuda:0", model, False)
+        self._shown, self.told = True, {}
+
+    def _show(self, name, value):
+        self.told[name] = value
+
+
+def test_shares_are_of_the_time_since_the_last_look(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    meters = Shown("NVIDIA L4")
+    now[0] += 1
+    meters.look(1.0, 0.0, 65_536)
+    assert meters.told == {}  # a moment ago
+    now[0] += 9
+    meters.look(4.0, 121e12, 65_536)
+    assert meters.told == pytest.approx({"idle_share": 0.6, "token_budget": 65_536, "mfu": 0.1})
+    now[0] += 10
+    meters.look(14.0, 10 * 121e12, 32_768)
+    assert meters.told == pytest.approx({"idle_share": 0.0, "token_budget": 32_768, "mfu": 0.9})
+    unknown = Shown("")
+    now[0] += 10
+    unknown.look(5.0, 1e12, 448)
+    assert unknown.told == pytest.approx({"idle_share": 0.5, "token_budget": 448})
