@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import demo_rows
 
+from bertray.clock import account
 from bertray.report import OTHERS, PALETTE, html
 
 LABELS = ["negative", "neutral", "positive"]
@@ -53,6 +54,7 @@ def summary():
         "intervals": {"test": {"accuracy": [0.811, 0.917], "auroc": [None, None]}},
         "seconds": {"embed": 1.5, "fit": 0.2, "total": 1.7},
         "faults": {"units_begun_again": 3, "storage_retries": 1200},
+        "spent": account([{"start": 6.0, "encode": 80.0, "idle": 14.0, "read": 1.5}], price=36.0),
         "examples": [{"text": "this is great news!", "label": "positive", "score": 0.82}],
     }
 
@@ -217,6 +219,8 @@ def test_all_is_told_on_one_page_without_a_network(page):
         "The text of 2 test rows is in the training rows too, 1 of them with another label",
         "3 units were begun again",
         "1,200 requests to storage were repeated",
+        "Devices: 100.00 s: encode 80 %, idle 14 %, start 6 %; beside that read 1.50 s, tokenize 0.00 s, write 0.00 s.",
+        "Cost: 1.00 (0.028 device-hours at 36).",
         "torch 2.13.0, ray 2.60.0",
     ):
         assert words in page, words
