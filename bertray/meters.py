@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Mapping
 
-_LEAST_SECONDS = 5.0  # that a share is taken over
+_LEAST_SECONDS = 5.0  # that a share is taken over, but for the first
 # Dense bf16 operations a second, by words of the device's name as torch tells it: NVIDIA's data sheets.
 _PEAKS = {
     "B200": 2250e12,
@@ -46,7 +46,7 @@ class Meters:
             shown: whether there is an agent to tell; without one nothing is recorded.
         """
         self._run, self._device, self._peak, self._shown = run, device, peak(model), shown
-        self._seen = (time.perf_counter(), 0.0, 0.0)
+        self._seen, self._due = (time.perf_counter(), 0.0, 0.0), 0.0
         if not shown:
             return
         from ray.util.metrics import Counter, Gauge
@@ -84,9 +84,9 @@ class Meters:
             budget: tokens of a pack.
         """
         now, (then, encoded, done) = time.perf_counter(), self._seen
-        if not self._shown or now - then < _LEAST_SECONDS:
+        if not self._shown or now < self._due:
             return
-        self._seen = (now, encoding, operations)
+        self._seen, self._due = (now, encoding, operations), now + _LEAST_SECONDS
         busy = min(1.0, max(0.0, (encoding - encoded) / (now - then)))
         self._show("idle_share", 1.0 - busy)
         self._show("token_budget", budget)

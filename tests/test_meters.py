@@ -51,13 +51,14 @@ def test_shares_are_of_the_time_since_the_last_look(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     meters = Shown("NVIDIA L4")
-    now[0] += 1
-    meters.look(1.0, 0.0, 65_536)
-    assert meters.told == {}  # a moment ago
-    now[0] += 9
-    meters.look(4.0, 121e12, 65_536)
-    assert meters.told == pytest.approx({"idle_share": 0.6, "token_budget": 65_536, "mfu": 0.1})
     now[0] += 10
+    meters.look(4.0, 121e12, 65_536)
+    first = {"idle_share": 0.6, "token_budget": 65_536, "mfu": 0.1}
+    assert meters.told == pytest.approx(first)
+    now[0] += 1
+    meters.look(5.0, 121e12, 65_536)
+    assert meters.told == pytest.approx(first)  # a moment ago
+    now[0] += 9
     meters.look(14.0, 10 * 121e12, 32_768)
     assert meters.told == pytest.approx({"idle_share": 0.0, "token_budget": 32_768, "mfu": 0.9})
     unknown = Shown("")
