@@ -59,9 +59,13 @@ class Stopwatch:
 class Clock:
     """The time of one process, told in parts: what is told in one is not told again."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: float = 1.0) -> None:
+        """
+        Args:
+            share: of its device that the process holds: less than 1 where several share one.
+        """
         self._lock, self._begun = Lock(), time.perf_counter()
-        self._start = 0.0
+        self._share, self._start = share, 0.0
         self._watches: dict[str, Stopwatch] = {}
         self._told: dict[str, float] = {}
 
@@ -87,9 +91,10 @@ class Clock:
         with self._lock:
             now = self.now()
             parts = {name: round(seconds - self._told.get(name, 0.0), 3) for name, seconds in now.items()}
-            self._told = {
-                name: self._told.get(name, 0.0) + part for name, part in parts.items()
-            }  # rounding is not lost
+            for name, part in parts.items():  # what rounding left out is told the next time
+                self._told[name] = self._told.get(name, 0.0) + part
+        if self._share < 1:
+            parts["device"] = round(self._share * _held(parts), 3)
         return {name: seconds for name, seconds in parts.items() if seconds}
 
 
@@ -101,21 +106,22 @@ def account(parts: Iterable[Mapping[str, float]], price: float = 0.0) -> dict[st
         price: of a device for an hour; 0 is not known.
 
     Returns:
-        seconds: by name; shares: of start, encode and idle, which add up to 1; device_hours; and where a price is known
-        price and cost. Empty where nothing is known.
+        seconds: of processes, by name; shares: of start, encode and idle, which add up to 1; device_hours: of devices,
+        which several processes may share; and where a price is known price and cost. Empty where nothing is known.
     """
-    seconds = dict.fromkeys((*HELD, *BESIDE), 0.0)
+    seconds, devices = dict.fromkeys((*HELD, *BESIDE), 0.0), 0.0
     for part in parts:
-        for name, value in part.items():
-            seconds[name] = seconds.get(name, 0.0) + value
-    held = sum(seconds[name] for name in HELD)
+        devices += part.get("device", _held(part))
+        for name in seconds:
+            seconds[name] += part.get(name, 0.0)
+    held = _held(seconds)
     if held <= 0:
         return {}
     return {
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "shares": {name: round(seconds[name] / held, 4) for name in HELD},
-        "device_hours": round(held / 3600, 6),
-        **({"price": price, "cost": round(held / 3600 * price, 6)} if price else {}),
+        "device_hours": round(devices / 3600, 6),
+        **({"price": price, "cost": round(devices / 3600 * price, 6)} if price else {}),
     }
 
 
@@ -126,10 +132,14 @@ def lines(account: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     seconds, shares = account["seconds"], account["shares"]
     held = ", ".join(f"{name} {100 * shares[name]:.0f} %" for name in ("encode", "idle", "start"))
     beside = ", ".join(f"{name} {_number(seconds[name])} s" for name in BESIDE)
-    yield "devices", f"{_number(sum(seconds[name] for name in HELD))} s: {held}; beside that {beside}"
+    yield "devices", f"{_number(_held(seconds))} s: {held}; beside that {beside}"
     if "cost" in account:
         hours, price = _number(account["device_hours"]), account["price"]
         yield "cost", f"{_number(account['cost'])} ({hours} device-hours at {price:g})"
+
+
+def _held(part: Mapping[str, float]) -> float:
+    return sum(part.get(name, 0.0) for name in HELD)
 
 
 def _number(value: float) -> str:

@@ -100,13 +100,6 @@ def _node(environments: bool) -> type:
     return Node
 
 
-def alone() -> bool:
-    """Whether the Ray that this process is connected to was started for one job alone."""
-    import ray._private.worker
-
-    return bool(getattr(getattr(ray._private.worker, "_global_node", None), "alone", False))
-
-
 @contextmanager
 def running() -> Iterator[None]:
     """While this is entered, Ray Data runs without its helper actors on a cluster that was started for one job: one

@@ -196,7 +196,11 @@ class RaySizes(Part):
     patience: int = Field(
         600, ge=1, description="seconds without a sign of life after which an encoder process is ended and replaced"
     )
-    price: float = Field(0.0, ge=0, description="of a device for an hour, to tell what a run cost; 0 tells nothing")
+    price: float = Field(
+        0.0,
+        ge=0,
+        description="of a GPU (or where there are none, a process) for an hour, to tell what a run cost; 0: not told",
+    )
     fit_workers: int = Field(0, ge=0, description="Ray Train workers that fit the head; 0 fits in the calling process")
     fit_memory: AutoCount = Field(
         "auto", description="MB of vectors to hold while fitting, more are read from disk; auto is half of what is free"

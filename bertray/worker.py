@@ -69,7 +69,7 @@ class UnitEncoder:
     """
 
     def __init__(self, job: Job, device: str, threads: int) -> None:
-        self.job, self._clock = job, Clock()
+        self.job, self._clock = job, Clock(_share())
         self._reads, self._writes, self._operations = Stopwatch(), Stopwatch(), 0.0
         self._readers = {split: Reader(columns) for split, columns in job.columns.items()}
         self._reading = ThreadPoolExecutor(1)
@@ -263,6 +263,14 @@ def _actor() -> str:
     import ray
 
     return str(ray.get_runtime_context().get_actor_id()) if ray.is_initialized() else ""
+
+
+def _share() -> float:
+    """Of its GPU that this process holds; 1 of none."""
+    import ray
+
+    held = ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0) if ray.is_initialized() else 1.0
+    return 1 / round(1 / held) if 0 < held < 1 else 1.0
 
 
 def _device(kind: str) -> tuple[str, str]:

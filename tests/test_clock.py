@@ -8,56 +8,84 @@ import pytest
 from bertray.clock import BESIDE, HELD, Clock, Stopwatch, account, lines
 
 
-def at_once(watch, *pauses):
-    """Threads that are at it for so many seconds after so many seconds."""
+@pytest.fixture
+def now(monkeypatch):
+    """The time, to be put forward by hand."""
+    at = [1000.0]
+    monkeypatch.setattr("time.perf_counter", lambda: at[0])
+    return at
 
-    def work(before, during):
-        time.sleep(before)
+
+def test_what_is_done_at_once_counts_once(now):
+    watch = Stopwatch()
+    with watch:
+        now[0] += 3
+        with watch:  # as another thread would
+            now[0] += 2
+        now[0] += 1
+        assert watch.seconds == 6  # also while it runs
+    now[0] += 10
+    assert watch.seconds == 6
+    with watch:
+        now[0] += 1
+    watch.add(10)
+    assert watch.seconds == 17
+
+
+def test_threads_at_once():
+    watch, started = Stopwatch(), time.perf_counter()
+
+    def work():
         with watch:
-            time.sleep(during)
+            time.sleep(0.2)
 
-    threads = [threading.Thread(target=work, args=pause) for pause in pauses]
+    threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert 0.2 <= watch.seconds <= time.perf_counter() - started
 
 
-def test_what_several_threads_do_at_once_counts_once():
-    watch = Stopwatch()
-    started = time.perf_counter()
-    at_once(watch, (0.0, 0.3), (0.1, 0.3), (0.7, 0.2))  # from 0 to 0.4, and from 0.7 to 0.9
-    assert 0.6 <= watch.seconds < time.perf_counter() - started - 0.2
-    before = watch.seconds
-    time.sleep(0.05)
-    assert watch.seconds == before
-    with watch:
-        time.sleep(0.05)
-        assert watch.seconds >= before + 0.05  # also while it runs
-    watch.add(10)
-    assert watch.seconds > 10.6
-
-
-def test_parts_of_a_clock_add_up_to_the_time_that_passed():
-    started, clock = time.perf_counter(), Clock()
+def test_parts_of_a_clock_add_up_to_the_time_that_passed(now):
+    clock = Clock()
     encode, others = Stopwatch(), {name: Stopwatch() for name in BESIDE}
     with encode:  # as it is tried out before the process is ready
-        time.sleep(0.1)
+        now[0] += 1
+    now[0] += 4
     clock.ready(encode=encode, **others)
     parts = []
     for _ in range(3):
-        time.sleep(0.1)
+        now[0] += 1
         with encode, others["tokenize"]:
-            time.sleep(0.2)
-        with others["write"]:  # is told while it runs
-            time.sleep(0.05)
-            parts.append(clock.untold())
-    passed, total = time.perf_counter() - started, account(parts)["seconds"]
-    assert sum(total[name] for name in HELD) == pytest.approx(passed, abs=0.02)
-    assert total["start"] >= 0.1 and [part.get("start", 0.0) > 0 for part in parts] == [True, False, False]
-    assert 0.6 <= total["encode"] < 0.8 and 0.3 <= total["idle"] - 3 * 0.05 < 0.5
-    assert 0.6 <= total["tokenize"] < 0.8 and 0.15 <= total["write"] < 0.3
-    assert "read" not in parts[0]  # what is none is not told
+            now[0] += 2
+        with others["write"]:
+            now[0] += 0.5
+            parts.append(clock.untold())  # while it writes
+            now[0] += 0.25
+    assert parts[0] == {"start": 5, "encode": 2, "idle": 1.5, "tokenize": 2, "write": 0.5}  # read is none
+    assert parts[1] == parts[2] == {"encode": 2, "idle": 1.75, "tokenize": 2, "write": 0.75}
+    assert sum(account(parts)["seconds"][name] for name in HELD) == now[0] - 0.25 - 1000
+
+
+def test_rounding_loses_nothing(now):
+    clock, encode = Clock(), Stopwatch()
+    clock.ready(encode=encode, **{name: Stopwatch() for name in BESIDE})
+    parts = []
+    for _ in range(1000):
+        with encode:
+            now[0] += 0.0004
+        parts.append(clock.untold())
+    assert account(parts)["seconds"]["encode"] == pytest.approx(0.4, abs=0.001)
+
+
+def test_processes_that_share_a_device_cost_it_once(now):
+    clocks = [Clock(share=0.5) for _ in range(2)]
+    for clock in clocks:
+        clock.ready(**{name: Stopwatch() for name in ("encode", *BESIDE)})
+    now[0] += 3600
+    found = account([clock.untold() for clock in clocks], price=4.0)
+    assert (found["seconds"]["idle"], found["device_hours"], found["cost"]) == (7200, 1, 4)
 
 
 def test_an_account_has_shares_hours_and_a_cost():

@@ -75,9 +75,9 @@ def test_receipts_tell_where_the_time_went(tiny, tmp_path, cut):
     passed = time.perf_counter() - started
     receipts = store.done([unit.key for unit in cut])
     total = account(receipt.spent for receipt in receipts.values())["seconds"]
-    assert sum(total[name] for name in HELD) == pytest.approx(passed, abs=0.1)
-    assert total["start"] == pytest.approx(begun - started, abs=0.05)
-    assert waited <= total["idle"] + 0.02
+    assert passed - 0.5 < sum(total[name] for name in HELD) < passed + 0.01  # but for what is behind the last receipt
+    assert begun - started - 0.5 < total["start"] < begun - started + 0.01
+    assert waited <= total["idle"] + 0.01
     assert 0 < total["encode"] <= passed - waited - total["start"]
     assert all(total[name] > 0 for name in BESIDE)
     after = receipts[cut[10].key].spent  # the first one behind the pause
