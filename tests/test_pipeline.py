@@ -28,7 +28,7 @@ def test_the_demo_is_good_and_leaves_what_it_should(demo):
     assert demo["metrics"]["test"]["outliers"] < 0.05
     assert set(demo["seconds"]) == {"prepare", "start", "embed", "fit", "evaluate", "report", "total"}
     assert {path.name for path in folder.iterdir()} == {
-        "metrics.json", "report.html", "left_out.npz", "head", "stores", "predictions", "rows",
+        "metrics.json", "report.html", "left_out.npz", "head", "stores", "predictions", "rows", "logs",
     }  # fmt: skip
 
 
