@@ -132,21 +132,7 @@ class Store:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rejects.to_pylist()]
         if lines:
             self._rejects(receipt.unit).write("".join(lines).encode())
-        sink = pa.BufferOutputStream()
-        vectors = [table.schema.field(name) for name in vector_columns(table.schema)]
-        codecs = dict.fromkeys(_columns(table.schema), "zstd")
-        codecs |= {column_path(field): "none" for field in vectors}  # they do not compress
-        with pq.ParquetWriter(
-            sink,
-            table.schema,
-            compression=codecs,
-            use_dictionary=["label"],
-            write_statistics=False,
-            write_page_checksum=True,
-        ) as writer:
-            writer.write_table(table)
-            writer.add_key_value_metadata({_RECEIPT: json.dumps(asdict(receipt)), _CHECKSUM: _UNSEALED})
-        data, checksum = _sealed(sink.getvalue())
+        data, checksum = packed(receipt, table)
         self.shard(receipt.unit).write(data)
         return replace(receipt, checksum=checksum)
 
@@ -327,6 +313,25 @@ class Store:
         if (aside := len(self.rejects(receipt.unit))) != receipt.rejected:
             raise StoreError(f"{aside} of its {receipt.rejected} rows that were set aside are told of")
         return table
+
+
+def packed(receipt: Receipt, table: pa.Table) -> tuple[pa.Buffer, str]:
+    """What a unit gave as the bytes of its shard, and their checksum."""
+    sink = pa.BufferOutputStream()
+    vectors = [table.schema.field(name) for name in vector_columns(table.schema)]
+    codecs = dict.fromkeys(_columns(table.schema), "zstd")
+    codecs |= {column_path(field): "none" for field in vectors}  # they do not compress
+    with pq.ParquetWriter(
+        sink,
+        table.schema,
+        compression=codecs,
+        use_dictionary=["label"],
+        write_statistics=False,
+        write_page_checksum=True,
+    ) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({_RECEIPT: json.dumps(asdict(receipt)), _CHECKSUM: _UNSEALED})
+    return _sealed(sink.getvalue())
 
 
 # A shard's checksum lies in its own footer, whose texts have their lengths before them, and is taken with zeros in its
