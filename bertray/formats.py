@@ -244,8 +244,12 @@ class _Parquet(_Batches):
         self._from_group(0)
 
     def _from_group(self, group: int) -> None:
-        groups = range(group, len(self.groups))
-        self._batches = self._file.iter_batches(_CHUNK, row_groups=list(groups), columns=list(self.columns))
+        # One after another: what is asked for at once is also fetched at once, up to the end of the file.
+        self._batches = (
+            batch
+            for number in range(group, len(self.groups))
+            for batch in self._file.iter_batches(_CHUNK, row_groups=[number], columns=list(self.columns))
+        )
         self._rest = None
 
     def count(self) -> int:
