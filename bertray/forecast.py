@@ -314,7 +314,7 @@ def _measured(part: Part, spec: Spec, checkpoint: Checkpoint, devices: Devices) 
     share = devices.threads / threads if device == "cpu" else 1.0
     how = f"{tokens:,} tokens of {len(texts[0]):,} texts in {seconds:.2f} s on {name}: {encoder.backend.name}"
     how += f"; x {share:.3g} for {devices.threads} threads instead of {threads}" if share != 1 else ""
-    return Rate(tokens / seconds * share, "measured here", how)
+    return Rate(tokens / seconds * share, "measured here" if share == 1 else "estimate", how)
 
 
 # --- work -------------------------------------------------------------------------------------------------
@@ -388,16 +388,16 @@ class _Work:
     def _bottleneck(self) -> tuple[str, str, str]:
         seconds, workers = self.seconds, self.devices.workers
         work = seconds[self.pace] + seconds["tail"]
+        if seconds["start"] > work:
+            return "start", f"the start takes longer than the work ({work:,.1f} s)", "fewer devices would do"
         if self.idle > _IDLE:
             rows = max(1, self.rows // (_WAVES * workers))
             most = -(-self.rows // self.units)
             return (
                 "units",
                 f"{self.units:,} units for {workers:,} processes leave them idle {self.idle:.0%} of the time",
-                f"set data.unit_rows to {rows:,}" if rows < most else "take fewer devices",
+                f"set data.unit_rows to {rows}" if rows < most else "fewer devices would do",
             )
-        if seconds["start"] > work:
-            return "start", f"the start takes longer than the work ({work:,.1f} s)", "fewer devices would do"
         return (self.pace, *self._slowest())
 
     def _slowest(self) -> tuple[str, str]:
@@ -456,7 +456,7 @@ _KIND_WORDS = {
     "measured": "measured by bertray, on another machine",
     "measured here": "measured here and now",
     "published": "PUBLISHED by others of their own software, not measured with bertray",
-    "estimate": "an ESTIMATE, not measured (--measure measures, on such a device)",
+    "estimate": "an ESTIMATE, not measured on such devices (--measure on one does)",
 }
 
 

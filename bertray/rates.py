@@ -16,7 +16,9 @@ from typing import Any
 
 from bertray.errors import BertrayError
 
-_ALIKE = 2.0  # texts whose lengths differ by less than that have one measured rate
+_ALIKE = (
+    2.0  # lengths that differ by less have one measured rate, and encoders that do less work reach as much of a GPU
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ def gpus() -> list[str]:
 
 def check_gpu(name: str) -> None:
     """Raises a BertrayError if nothing is known of a GPU."""
+    if not name:
+        raise BertrayError(f"gpus need a gpu: which of {', '.join(gpus())} they are.")
     if name not in gpus():
         raise BertrayError(
             f"gpu must be one of {', '.join(gpus())}. Got {name!r} instead. Of another, measure the rate on a machine "
@@ -87,16 +91,24 @@ def rate(device: str, threads: int, precision: str, shape: Shape, attended: floa
     rows = [row for row in table()["rates"] if (row["device"] == "cpu") == (device == "cpu")]
     if device == "cpu":
         rows = [row for row in rows if row["precision"] == precision]
+    rows = [row for row in rows if row["device"] == device] or rows
     row = min(rows, key=_distance(device, precision, shape, attended))
     base = Shape(row["layers"], row["width"], row["inner"])
     work = base.flops(row["attended"]) / shape.flops(attended)
     power = _power(device, precision) / _power(row["device"], row["precision"])
     share = threads / row.get("threads", threads)
-    same = base == shape and power == 1 and abs(math.log(row["attended"] / attended)) < math.log(_ALIKE)
+    same = (
+        row["device"] == device
+        and base == shape
+        and power == share == 1
+        and abs(math.log(row["attended"] / attended)) < math.log(_ALIKE)
+    )
     how = [f"{row['tokens_per_second']:,} tokens/s of texts of {row['length']} tokens, {row['kind']}: {row['where']}"]
     how += [f"x {work:.3g} for the operations a token ({base.flops(row['attended']):.3g} there)"]
-    how += [f"x {power:.3g} for the peak of {device} in {precision} against {row['device']}"] * (power != 1)
+    other = (row["device"], power) != (device, 1)
+    how += [f"x {power:.3g} for the peak of {device} in {precision} against {row['device']}'s"] * other
     how += [f"x {share:.3g} for {threads} threads instead of {row.get('threads')}"] * (share != 1)
+    how += ["smaller encoders reach less of a GPU's peak: expect less"] * (device != "cpu" and work > _ALIKE)
     tokens = row["tokens_per_second"] * work * power * share
     return Rate(tokens, row["kind"] if same else "estimate", "; ".join(how))
 

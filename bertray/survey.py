@@ -8,7 +8,7 @@ Knows nothing of encoders.
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,6 +40,7 @@ SAMPLE_ROWS = 4000
 _PLACES = 16  # in the source that rows of the sample come from
 _FOOTERS = 64  # files that are asked how many rows they hold
 _BYTES = 16 << 20  # that are read of files that do not tell
+_RATIO = 8  # bytes that are unpacked for each that is read, at most
 _REACH = 8 << 20  # bytes of a group of rows that are passed over, at most, on the way to a place in it
 _SECONDS = 5.0  # after which no further place is looked at
 _TELLING = ("parquet", "arrow")  # formats that tell how many rows there are
@@ -137,13 +138,15 @@ def _of_files(source: Source, columns: Columns, unit_rows: int | str) -> Survey:
         raise SourceError(f"{source.path} holds no rows.")
     if telling:
         batches = list(_at_places(chosen, looks, kind, columns, rows, ends))
+        weights = [1.0] * len(batches)
     else:
         batches = [batch for look in looks for batch in look.batches]
+        weights = [look.rows * share for look in looks for share in _shares(look.batches)]
     exact = len(chosen) == len(files) and all(look.exact for look in looks)
     how = _how(len(files), len(chosen), len(batches), exact and not telling)
     if not exact and not telling and (kind not in _ANYWHERE or compression_of(files[0].name)):
         how += ", at the beginning of each"
-    return Survey(rows, exact, parts, *_sampled(batches, source), not Location(files[0].url).local, kind, how)
+    return Survey(rows, exact, parts, *_sampled(batches, weights, source), not Location(files[0].url).local, kind, how)
 
 
 def _how(files: int, looked_at: int, places: int, whole: bool) -> str:
@@ -184,17 +187,28 @@ def _parts(
     return rows, tuple(parts)
 
 
-def _sampled(batches: Sequence[Batch], source: Source) -> tuple[pa.Table, NDArray[np.int64], int, int]:
+def _shares(batches: Sequence[Batch]) -> list[float]:
+    """The share of a file's rows that each of its pieces stands for: those in it, of pieces of equal size."""
+    counts = [batch.rows.num_rows for batch in batches]
+    return [count / max(1, sum(counts)) for count in counts]
+
+
+def _sampled(
+    batches: Sequence[Batch], weights: Sequence[float], source: Source
+) -> tuple[pa.Table, NDArray[np.int64], int, int]:
     """The sample from what was read at each place, the place of each row, how many rows were read, and rejected.
+
+    Args:
+        weights: how many rows of the source each place stands for.
 
     Raises:
         SourceError: none of them can be used.
     """
-    each = math.ceil(SAMPLE_ROWS / max(1, len(batches)))
     kept = []
-    for batch in batches:
-        rows = batch.rows.num_rows
-        kept.append(batch.rows.take(np.unique(np.linspace(0, rows - 1, min(rows, each)).astype(int))) if rows else None)
+    for batch, weight in zip(batches, weights, strict=True):
+        count = min(batch.rows.num_rows, math.ceil(SAMPLE_ROWS * weight / max(1e-9, sum(weights))))
+        picked = np.unique(np.linspace(0, batch.rows.num_rows - 1, count).astype(int))
+        kept.append(batch.rows.take(picked) if count else None)
     tables = [table for table in kept if table is not None]
     rejected = sum(batch.rejects.num_rows for batch in batches)
     if not tables:
@@ -222,14 +236,16 @@ def _at_places(
     edges = np.cumsum([0, *(look.rows for look in looks)])
     total = min(int(edges[-1]), rows)
     whole = total <= SAMPLE_ROWS
-    starts = edges[:-1][np.diff(edges) > 0] if whole else np.arange(_PLACES) * total // _PLACES
+    each = math.ceil(SAMPLE_ROWS / _PLACES)
+    middles = ((np.arange(_PLACES) + 0.5) * total / _PLACES - each / 2).astype(int)
+    starts = edges[:-1][np.diff(edges) > 0] if whole else middles
     starts = starts[starts < total]
     reader = Reader(columns)
     for number in sorted(range(len(starts)), key=lambda i: (i % 4, i)):  # if time ends, what is missing is spread too
         file = int(np.searchsorted(edges, starts[number], side="right")) - 1
         look, local = looks[file], int(starts[number] - edges[file])
         begin = 0 if whole else _reachable(local, look, files[file].size)
-        end = look.rows if whole else begin + math.ceil(SAMPLE_ROWS / _PLACES)
+        end = look.rows if whole else begin + each
         own = min(look.rows, total - int(edges[file]))
         yield reader.read(Unit(files[file].url, files[file].name, kind, "", begin, min(end, own)))
         if time.monotonic() > ends:
@@ -266,7 +282,8 @@ def _look(file: FileInfo, kind: str, columns: Columns, limit: int, size: int, pl
         if packed or kind not in _ANYWHERE or file.size <= size or limit or places < 2:
             pieces = [_head(file, kind, size, packed)]
         else:
-            pieces = [_lines(file, file.size * place // places, size // places) for place in range(places)]
+            middles = (file.size * (2 * place + 1) // (2 * places) for place in range(places))
+            pieces = [_lines(file, middle - size // places // 2, size // places) for middle in middles]
     batches = [_parsed(file, kind, data, columns) for data, _ in pieces]
     rows = sum(batch.rows.num_rows + batch.rejects.num_rows for batch in batches)
     taken = sum(taken for _, taken in pieces)
@@ -277,45 +294,48 @@ def _look(file: FileInfo, kind: str, columns: Columns, limit: int, size: int, pl
 
 def _head(file: FileInfo, kind: str, size: int, packed: str) -> tuple[bytes, int]:
     """The whole records among a file's first bytes, unpacked, and how many bytes of the file they take."""
-    location = Location(file.url)
-
-    def read() -> tuple[bytes, int, bool]:
-        raw = location.open_random()
-        stream = pa.CompressedInputStream(raw, packed) if packed else raw
-        data = _filled(stream.read, size)
-        ended = len(data) < size or not stream.read(1)
-        return data, int(raw.tell()) - (not ended and not packed), ended
-
-    data, taken, ended = location.patiently(read)
-    if ended:
+    raw = _bytes(file, 0, size)
+    whole = len(raw) == file.size
+    data, taken = _unpacked(raw, packed, None if whole else _RATIO * size) if packed else (raw, len(raw))
+    if whole:
         return data, file.size
     kept = whole_records(data, kind)
     return kept, taken * len(kept) // max(1, len(data))
 
 
+def _unpacked(raw: bytes, packed: str, most: int | None) -> tuple[bytes, int]:
+    """What the beginning of a packed file holds, up to about so many bytes, and how many of the file's that takes."""
+    source, parts, count = pa.BufferReader(raw), [], 0
+    stream = pa.CompressedInputStream(source, packed)
+    try:
+        while (most is None or count < most) and (part := stream.read(1 << 16)):
+            parts.append(part)
+            count += len(part)
+    except OSError:  # the end is missing
+        if most is None:
+            raise
+    return b"".join(parts), source.tell()
+
+
 def _lines(file: FileInfo, start: int, size: int) -> tuple[bytes, int]:
     """The whole lines among the bytes of a file from some place on, and how many bytes they are."""
-    location = Location(file.url)
-
-    def read() -> bytes:
-        raw = location.open_random()
-        raw.seek(start)
-        return _filled(raw.read, size)
-
-    data = location.patiently(read)
+    data = _bytes(file, start, size)
     if start:
         data = data[data.find(b"\n") + 1 :]
     kept = whole_records(data, "text")
     return kept, len(kept)
 
 
-def _filled(read: Callable[[int], bytes], size: int) -> bytes:
-    """So many bytes of a stream, or all that it still has."""
-    parts, missing = [], size
-    while missing and (part := read(missing)):
-        parts.append(part)
-        missing -= len(part)
-    return b"".join(parts)
+def _bytes(file: FileInfo, start: int, size: int) -> bytes:
+    """So many bytes of a file, fewer at its end."""
+    location = Location(file.url)
+
+    def read() -> bytes:
+        with location.open_random() as raw:
+            raw.seek(start)
+            return bytes(raw.read(size))
+
+    return location.patiently(read)
 
 
 def _parsed(file: FileInfo, kind: str, data: bytes, columns: Columns) -> Batch:
