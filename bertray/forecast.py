@@ -7,6 +7,7 @@ cluster does where all nodes are alike.
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,11 @@ READS_A_UNIT, WRITES_A_UNIT, READS_A_FILE = 6, 7, 4
 UPLOAD_BYTES = 10 << 20
 _DOWNLOAD_BYTES = {"csv": 16 << 20, "tsv": 16 << 20, "parquet": 64 << 20, "arrow": 64 << 20}
 _LINE_BYTES = 1 << 20  # of all other formats
+_LABELS = 1000  # different ones of a sample: more are no names that receipts count
+_UNIT, _BACKEND = (
+    "rows.parquet-0000000000-0123456789ab",
+    "int16 by bertray's kernels for AVX-512 VNNI",
+)  # as long as any
 _KINDS = ("encoding", "tokenizing", "rows", "store", "requests")  # of work that goes on side by side
 _FATES = {"truncate": "cut", "error": "set aside", "window": "encoded in windows"}  # of texts that are too long
 
@@ -211,7 +217,8 @@ def _part(name: str, found: Survey, columns: Columns, spec: Spec, checkpoint: Ch
             f"data.{name}: all {seen.rows} rows looked at are longer than encoder.max_length "
             f"({spec.encoder.max_length} tokens). Raise it, or set encoder.truncation to truncate or window."
         )
-    return Part(name, found, seen, *_shard_sizes(found.sample, columns, spec, checkpoint, seen.words, siamese))
+    rows = found.sample.slice(0, max(2, found.rows // found.units))  # small shards are compressed less
+    return Part(name, found, seen, *_shard_sizes(rows, columns, spec, checkpoint, seen.words, siamese))
 
 
 def _shard_sizes(
@@ -245,7 +252,12 @@ def _shard_sizes(
 
 
 def _sizes(rows: pa.Table) -> tuple[float, int]:
-    sizes = [packed(Receipt("", 0, 0, 0, 0, 0, 0.0), part)[0].size for part in (rows.slice(0, 1), rows)]
+    """Bytes that each row adds to a shard, and those of a shard without any."""
+    labels = (
+        dict(Counter(filter(None, rows["label"].to_pylist()))) if len(set(rows["label"].to_pylist())) < _LABELS else {}
+    )
+    receipt = Receipt(_UNIT, rows.num_rows, 0, 0, 0, 100 * rows.num_rows, 1.2345, labels, _BACKEND)
+    sizes = [packed(receipt, part)[0].size for part in (rows.slice(0, 1), rows)]
     each = (sizes[1] - sizes[0]) / max(1, rows.num_rows - 1)
     return each, round(sizes[0] - each)
 
