@@ -17,7 +17,7 @@ from bertray.annotations import words_of
 from bertray.spec import Encoder as EncoderSpec
 from bertray.tokens import Ints, Tokenizer, Tokens
 
-_CHUNK = 200  # rows that are tokenized between looks at the clock
+_CHUNK, _CHARACTERS = 200, 1 << 20  # rows, or fewer long ones, that are tokenized between looks at the clock
 _SECONDS = 3.0
 _NO_LIMIT = 1 << 30
 _FEW = 4  # places tell nothing of how places differ
@@ -67,8 +67,9 @@ def lengths(
     free = Tokenizer(folder, _NO_LIMIT, part=part)
     bound = Tokenizer(folder, spec.max_length, spec.truncation, spec.overlap, part)
     order = np.random.default_rng(0).permutation(rows.num_rows)
-    chunks = [order[start : start + _CHUNK] for start in range(0, len(order), _CHUNK)]
-    free(*inputs(rows.take(order[:8]), siamese)[:2])  # what is loaded at the first call
+    step = max(1, min(_CHUNK, _CHARACTERS * rows.num_rows // max(1, rows.nbytes)))
+    chunks = [order[start : start + step] for start in range(0, len(order), step)]
+    free(["what is loaded at the first call"], ["of pairs"] if "text_pair" in rows.column_names else None)
     full, encoded, spent, words, ends, done = [], [], 0.0, 0, time.monotonic() + _SECONDS, 0
     for chunk in chunks:
         texts = inputs(rows.take(chunk), siamese)

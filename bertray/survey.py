@@ -235,8 +235,9 @@ def _at_places(
     """What lies at places spread evenly over the rows of files."""
     edges = np.cumsum([0, *(look.rows for look in looks)])
     total = min(int(edges[-1]), rows)
-    whole = total <= SAMPLE_ROWS
-    each = math.ceil(SAMPLE_ROWS / _PLACES)
+    bytes_a_row = sum(file.size for file in files) / max(1, int(edges[-1]))
+    whole = total <= SAMPLE_ROWS and total * bytes_a_row <= _BYTES
+    each = max(1, min(math.ceil(SAMPLE_ROWS / _PLACES), int(_BYTES / _PLACES / bytes_a_row)))
     middles = ((np.arange(_PLACES) + 0.5) * total / _PLACES - each / 2).astype(int)
     starts = edges[:-1][np.diff(edges) > 0] if whole else middles
     starts = starts[starts < total]

@@ -11,12 +11,12 @@ import pytest
 from conftest import MINILM, ROOT
 
 import bertray
-from bertray import checkpoints
+from bertray import checkpoints, survey
 from bertray import forecast as module
-from bertray import survey
 from bertray.cluster import _CPUS_PER_WORKER
 from bertray.errors import BertrayError
 from bertray.forecast import forecast, lines
+from bertray.rates import table
 from bertray.spec import load_spec
 from bertray.splits import plan_of, splits_of
 from bertray.storage import Location
@@ -140,7 +140,7 @@ def test_each_bottleneck_can_be_met(tmp_path, tiny, monkeypatch):
     train = rows(tmp_path / "rows.jsonl", 4000)
     spec = spec_of(tmp_path, train, tiny)
     assert forecast(spec)["bottleneck"]["name"] == "start"
-    monkeypatch.setitem(module.table()["start"], "seconds", 0.0)
+    monkeypatch.setitem(table()["start"], "seconds", 0.0)
     slow = forecast(spec, bandwidth=0.01, cpus=8)
     assert slow["bottleneck"]["name"] == "store"
     assert "read 2 times over" in slow["bottleneck"]["why"] or "fewer layers" in slow["bottleneck"]["do"]
