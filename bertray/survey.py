@@ -220,6 +220,12 @@ def _sampled(
     return sample, places, looked, rejected
 
 
+def _spread(length: int, count: int) -> NDArray[np.int64]:
+    """So many places on a length, one somewhere in each part of equal size: what comes again and again, such as the
+    beginnings of equal files, must not be met each time."""
+    return ((np.arange(count) + np.random.default_rng(0).random(count)) * length / count).astype(np.int64)
+
+
 # --- files that tell how many rows they hold --------------------------------------------------------------
 
 
@@ -238,8 +244,7 @@ def _at_places(
     bytes_a_row = sum(file.size for file in files) / max(1, int(edges[-1]))
     whole = total <= SAMPLE_ROWS and total * bytes_a_row <= _BYTES
     each = max(1, min(math.ceil(SAMPLE_ROWS / _PLACES), int(_BYTES / _PLACES / bytes_a_row)))
-    middles = ((np.arange(_PLACES) + 0.5) * total / _PLACES - each / 2).astype(int)
-    starts = edges[:-1][np.diff(edges) > 0] if whole else middles
+    starts = edges[:-1][np.diff(edges) > 0] if whole else _spread(total - each, _PLACES)
     starts = starts[starts < total]
     reader = Reader(columns)
     for number in sorted(range(len(starts)), key=lambda i: (i % 4, i)):  # if time ends, what is missing is spread too
@@ -283,8 +288,8 @@ def _look(file: FileInfo, kind: str, columns: Columns, limit: int, size: int, pl
         if packed or kind not in _ANYWHERE or file.size <= size or limit or places < 2:
             pieces = [_head(file, kind, size, packed)]
         else:
-            middles = (file.size * (2 * place + 1) // (2 * places) for place in range(places))
-            pieces = [_lines(file, middle - size // places // 2, size // places) for middle in middles]
+            starts = _spread(file.size - size // places, places).tolist()
+            pieces = [_lines(file, start, size // places) for start in starts]
     batches = [_parsed(file, kind, data, columns) for data, _ in pieces]
     rows = sum(batch.rows.num_rows + batch.rejects.num_rows for batch in batches)
     taken = sum(taken for _, taken in pieces)
