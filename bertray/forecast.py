@@ -23,7 +23,7 @@ from bertray.sources import Columns
 from bertray.spec import Spec, load_spec
 from bertray.splits import wanted_rows
 from bertray.survey import survey
-from bertray.workload import Devices, Part, Work, part_of, size
+from bertray.workload import Devices, Part, Work, sampled, size
 
 BANDWIDTH = 125.0  # MB/s between a process and the store: an assumption (1 Gbit/s)
 _THREADS = 4  # of a process at most, as the module cluster has it
@@ -71,7 +71,7 @@ def forecast(
     wanted = wanted_rows(spec, {"train": None, "dev": None, "test": None})
     checkpoint = checkpoints.find(spec.encoder.model, spec.encoder.revision, weights=measure)
     parts = [
-        part_of(name, survey(name, source, columns, spec.data.unit_rows), columns, spec, checkpoint)
+        sampled(name, survey(name, source, columns, spec.data.unit_rows), columns, spec, checkpoint)
         for name, source, columns, _ in wanted
     ]
     found = _measured(parts[0], spec, checkpoint, devices) if measure else _from_table(parts, spec, checkpoint, devices)
@@ -224,11 +224,12 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"{'':<11}by {part['sampled_rows']:,} rows: {part['sample']}"
     yield f"{'lengths':<11}{_spoken_lengths(found['lengths'])}"
     yield f"{'store':<11}{size(found['stored_bytes'])}; requests: {_spoken_requests(found['requests'])}"
-    rate = found["rate"]
-    speed = f"{found['workers']:,} x {rate['tokens_per_second']:,} tokens/s"
+    told = found["rate"]
+    speed = f"{found['workers']:,} x {told['tokens_per_second']:,} tokens/s"
     yield f"{'devices':<11}{found['count']:,} {found['devices']}, {speed}"
-    yield f"{'rate':<11}{_KIND_WORDS[rate['kind']]}: {rate['how']}"
-    yield f"{'time':<11}{_spoken_time(found['seconds']['total'])}"
+    yield f"{'rate':<11}{_KIND_WORDS[told['kind']]}: {told['how']}"
+    idle = f", {found['idle_share']:.1%} of the work idle while the last units end" if found["idle_share"] else ""
+    yield f"{'time':<11}{_spoken_time(found['seconds']['total'])}{idle}"
     if found["cost"] is not None:
         yield f"{'cost':<11}{found['cost']:,.2f} = {found['price']:g} x {found['count']:,} x {found['hours']:.4g} hours"
     neck = found["bottleneck"]

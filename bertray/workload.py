@@ -29,10 +29,8 @@ _WAVES = 20  # units for each process with which the last ones matter little
 _IDLE = 0.1  # share of the time that is worth a word
 _SHARD_BYTES = 32 << 20  # of vectors of a shard that is made to see how large shards are
 _LABELS = 1000  # different ones of a sample: more are no names that receipts count
-_UNIT, _BACKEND = (
-    "rows.parquet-0000000000-0123456789ab",
-    "int16 by bertray's kernels for AVX-512 VNNI",
-)  # as long as any
+_UNIT = "rows.parquet-0000000000-0123456789ab"  # as long as any
+_BACKEND = "int16 by bertray's kernels for AVX-512 VNNI"
 # Requests to an object store, as a worker makes them: for each unit, for each file it opens, for each piece of a file.
 _READS_A_UNIT, _WRITES_A_UNIT, _READS_A_FILE = 6, 7, 4
 _UPLOAD_BYTES = 10 << 20
@@ -52,10 +50,6 @@ class Devices:
     count: int
     workers: int
     threads: int
-
-    def __str__(self) -> str:
-        kind = "CPU" if self.name == "cpu" else self.name
-        return f"{self.count} {kind}{'s' * (self.count > 1)}, {self.workers} process{'es' * (self.workers > 1)}"
 
 
 @dataclass(frozen=True)
@@ -106,7 +100,12 @@ class Part:
 # --- splits -----------------------------------------------------------------------------------------------
 
 
-def part_of(name: str, found: Survey, columns: Columns, spec: Spec, checkpoint: Checkpoint) -> Part:
+def sampled(name: str, found: Survey, columns: Columns, spec: Spec, checkpoint: Checkpoint) -> Part:
+    """A split, by what a survey has found.
+
+    Raises:
+        SourceError: all rows looked at are longer than allowed.
+    """
     siamese = spec.encoder.pair == "siamese"
     seen = lengths(found.sample, found.places, checkpoint.folder, spec.encoder, columns.part, siamese)
     if seen.aside == seen.rows:
@@ -150,10 +149,9 @@ def _shard_sizes(
 
 def _sizes(rows: pa.Table) -> tuple[float, int]:
     """Bytes that each row adds to a shard, and those of a shard without any."""
-    labels = (
-        dict(Counter(filter(None, rows["label"].to_pylist()))) if len(set(rows["label"].to_pylist())) < _LABELS else {}
-    )
-    receipt = Receipt(_UNIT, rows.num_rows, 0, 0, 0, 100 * rows.num_rows, 1.2345, labels, _BACKEND)
+    labels = Counter(filter(None, rows["label"].to_pylist()))
+    labels = labels if len(labels) < _LABELS else Counter()
+    receipt = Receipt(_UNIT, rows.num_rows, 0, 0, 0, 100 * rows.num_rows, 1.2345, dict(labels), _BACKEND)
     sizes = [packed(receipt, part)[0].size for part in (rows.slice(0, 1), rows)]
     each = (sizes[1] - sizes[0]) / max(1, rows.num_rows - 1)
     return each, round(sizes[0] - each)
