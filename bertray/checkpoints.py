@@ -91,6 +91,11 @@ class Checkpoint:
         """Numbers of a state."""
         return int(self._config.get("hidden_size") or self._config.get("dim") or 0)
 
+    @property
+    def inner(self) -> int:
+        """Numbers of a layer's inner state."""
+        return int(self._config.get("intermediate_size") or self._config.get("hidden_dim") or 4 * self.width)
+
     @cached_property
     def identity(self) -> dict[str, str]:
         """The hashes that name this checkpoint's content: of its weights, config and tokenizer."""

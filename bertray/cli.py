@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, parents=[of_spec], help=text, description=text)
         command.set_defaults(action=_run, until=until)
+    _add_plan(commands, of_spec)
     _add_predict(commands, common)
     _add_export(commands, common)
     _add_publish(commands, common)
@@ -146,6 +147,25 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("spec", parents=[common], help="print all keys of a spec with their defaults")
     command.set_defaults(action=_spec)
     return parser
+
+
+def _add_plan(commands: Any, of_spec: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "plan",
+        parents=[of_spec],
+        help="tell what encoding the rows would take, and encode nothing",
+        description="Looks at a sample of the rows and tells units, tokens, hours, storage, cost and what holds it up. "
+        "Needs no Ray. Without --gpus it is for CPUs.",
+    )
+    command.add_argument("--gpus", type=int, metavar="N", help="how many GPUs")
+    command.add_argument("--gpu", default="", metavar="NAME", help="which, such as h200 or l4")
+    command.add_argument("--cpus", type=int, metavar="N", help="how many CPUs in all; else those of this machine")
+    command.add_argument("--price", type=float, metavar="X", help="of one GPU (or CPU) for an hour")
+    command.add_argument(
+        "--bandwidth", type=float, metavar="MB", help="MB/s between each process and the store; else 125"
+    )
+    command.add_argument("--measure", action="store_true", help="measure this machine's own device on the sample")
+    command.set_defaults(action=_plan)
 
 
 def _add_predict(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -258,11 +278,32 @@ def _add_publish(commands: Any, common: argparse.ArgumentParser) -> None:
     command.set_defaults(action=_publish)
 
 
+def _overrides(options: argparse.Namespace) -> list[str]:
+    return [*options.set, *([f"output={json.dumps(options.output)}"] if options.output else [])]
+
+
+def _plan(options: argparse.Namespace) -> dict[str, Any]:
+    from bertray.forecast import BANDWIDTH, forecast, lines
+
+    found = forecast(
+        options.spec,
+        gpus=options.gpus,
+        gpu=options.gpu,
+        cpus=options.cpus,
+        price=options.price,
+        bandwidth=BANDWIDTH if options.bandwidth is None else options.bandwidth,
+        measure=options.measure,
+        overrides=_overrides(options),
+    )
+    if not options.json:
+        print("\n".join(lines(found)))
+    return found
+
+
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     from bertray.pipeline import run
 
-    overrides = [*options.set, *([f"output={json.dumps(options.output)}"] if options.output else [])]
-    summary = run(options.spec, overrides=overrides, until=options.until)
+    summary = run(options.spec, overrides=_overrides(options), until=options.until)
     if not options.json:
         _print_summary(summary)
     return summary

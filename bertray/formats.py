@@ -12,9 +12,10 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.ipc
@@ -81,11 +82,45 @@ def open_rows(url: str, format: str, columns: Sequence[str], nested: Sequence[st
     Raises:
         SourceError: the file is missing, is not of that format, or lacks a column.
     """
-    location = Location(url)
+    return rows_in(Location(url), format, columns, nested)
+
+
+def rows_in(location: Location, format: str, columns: Sequence[str], nested: Sequence[str] = ()) -> "Rows":
+    """The same of a location that is there already."""
     if format == "json" and not _is_array(location):
         format = "jsonl"  # most files named .json hold JSON Lines
-    with reading(url):
+    with reading(location.url):
         return _KINDS[format](location, tuple(columns), frozenset(nested))
+
+
+def compression_of(name: str) -> str:
+    """The compression that a file's name tells, as pyarrow calls it; empty if it tells none."""
+    return _COMPRESSIONS.get(name.lower().rsplit(".", 1)[-1], "")
+
+
+def whole_records(piece: bytes, format: str) -> bytes:
+    """What a piece from the start of a file, or of lines from the start of one, holds as whole records."""
+    if format in ("csv", "tsv"):
+        marks = np.frombuffer(piece, np.uint8)
+        within = np.cumsum(marks == ord('"')) % 2  # quoted fields may hold line ends
+        ends = np.flatnonzero((marks == ord("\n")) & (within == 0))
+        return piece[: ends[-1] + 1] if len(ends) else b""
+    if format == "json" and piece.removeprefix(_BOM).lstrip()[:1] == b"[":
+        return _whole_array(piece.decode(errors="surrogateescape")).encode(errors="surrogateescape")
+    return piece[: piece.rfind(b"\n") + 1]
+
+
+def _whole_array(text: str) -> str:
+    """The beginning of an array of records, closed behind the last that is whole; empty if none is."""
+    place = text.index("[") + 1
+    place = end = len(text) - len(text[place:].lstrip())
+    with suppress(ValueError, RecursionError):
+        while True:
+            _, place, mark = _element(text, place)
+            if mark == "]":
+                return text[:place]
+            end = text.rindex(",", 0, place)
+    return text[:end] + "]" if text[end : end + 1] == "," else ""
 
 
 @contextmanager
@@ -209,8 +244,12 @@ class _Parquet(_Batches):
         self._from_group(0)
 
     def _from_group(self, group: int) -> None:
-        groups = range(group, len(self.groups))
-        self._batches = self._file.iter_batches(_CHUNK, row_groups=list(groups), columns=list(self.columns))
+        # One after another: what is asked for at once is also fetched at once, up to the end of the file.
+        self._batches = (
+            batch
+            for number in range(group, len(self.groups))
+            for batch in self._file.iter_batches(_CHUNK, row_groups=[number], columns=list(self.columns))
+        )
         self._rest = None
 
     def count(self) -> int:

@@ -27,8 +27,8 @@ from bertray.spec import Source
 from bertray.storage import FileInfo, Location
 
 UNIT_ROWS = 20_000
+STAGED_ROWS = 100_000  # of each file that rows become which are none yet
 PREVIEW = 80  # characters of a text that is set aside
-_STAGED_ROWS = 100_000
 _STAGED = re.compile(r"part-\d{5}-[0-9a-f]{16}\.parquet")
 _UNIT_BYTES = 16 << 20
 _PREVIEW_ROWS = 100
@@ -118,11 +118,10 @@ def units(source: Source, columns: Columns, unit_rows: int | str = "auto") -> li
     left = source.limit or sum(rows for _, (rows, _), _ in known)
     found = []
     for file, (rows, groups), stamp in known:
-        step = _unit_rows(rows, file.size) if unit_rows == "auto" else int(unit_rows)
-        for start, stop in _ranges(rows, groups, step):
+        for start, stop in cut(rows, groups, file.size, unit_rows):
             if start < left:
                 stop = min(stop, left)
-                found.append(Unit(file.url, file.name, _format(file, source), stamp, start, stop, file.stamp))
+                found.append(Unit(file.url, file.name, file_format(file, source), stamp, start, stop, file.stamp))
         left -= min(rows, left)
     if not found:
         raise SourceError(f"{source.path} holds no rows.")
@@ -183,7 +182,12 @@ def find_files(source: Source) -> list[FileInfo]:
     return files
 
 
-def _format(file: FileInfo, source: Source) -> str:
+def file_format(file: FileInfo, source: Source) -> str:
+    """The format of a file: the source's, or what the file's name tells.
+
+    Raises:
+        SourceError: neither tells one.
+    """
     if source.format != "auto":
         return source.format
     if found := format_of(file.name):
@@ -195,7 +199,7 @@ def _count(file: FileInfo, source: Source, columns: Columns) -> tuple[int, tuple
     """How many rows a file has, and behind which of them its groups end."""
     if not file.size:
         return 0, ()
-    rows = open_rows(file.url, _format(file, source), columns.names, columns.nested)
+    rows = open_rows(file.url, file_format(file, source), columns.names, columns.nested)
     return rows.count(), rows.groups
 
 
@@ -225,6 +229,16 @@ def _check_unchanged(unit: Unit) -> None:
     # A local file may be another node's copy: its content tells.
     if now is None or (now.stamp != unit.version and _stamp(now) != unit.stamp):
         raise SourceError(f"{unit.url} has changed since this run looked at it. Run the command again.")
+
+
+def cut(rows: int, groups: Sequence[int], size: int, unit_rows: int | str = "auto") -> Iterator[tuple[int, int]]:
+    """The units of a file, as ranges of its rows.
+
+    Args:
+        groups: behind which rows its groups end.
+        size: of the file, in bytes.
+    """
+    return _ranges(rows, groups, _unit_rows(rows, size) if unit_rows == "auto" else int(unit_rows))
 
 
 def _unit_rows(rows: int, size: int) -> int:
@@ -491,17 +505,15 @@ def _check_names(rows: Any, columns: Columns) -> None:
 def _tables(rows: Any, names: Iterable[str]) -> Iterator[pa.Table]:
     names = list(names)
     if hasattr(rows, "iter_batches"):  # a Ray Dataset
-        batches: Iterable[Any] = rows.select_columns(names).iter_batches(
-            batch_size=_STAGED_ROWS, batch_format="pyarrow"
-        )
+        batches: Iterable[Any] = rows.select_columns(names).iter_batches(batch_size=STAGED_ROWS, batch_format="pyarrow")
     elif hasattr(rows, "with_format"):  # a datasets.Dataset
-        batches = rows.select_columns(names).with_format("arrow").iter(_STAGED_ROWS)
+        batches = rows.select_columns(names).with_format("arrow").iter(STAGED_ROWS)
     else:
         try:
             table = rows if isinstance(rows, pa.Table) else pa.Table.from_pandas(rows[names], preserve_index=False)
         except (pa.ArrowException, ValueError) as error:  # ValueError: half characters, columns of one name
             raise SourceError(f"The rows cannot be read: {' '.join(str(error).split())}") from None
-        batches = (table.slice(start, _STAGED_ROWS) for start in range(0, table.num_rows, _STAGED_ROWS))
+        batches = (table.slice(start, STAGED_ROWS) for start in range(0, table.num_rows, STAGED_ROWS))
     for batch in batches:
         yield batch.select(names).replace_schema_metadata(None)
 

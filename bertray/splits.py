@@ -74,6 +74,25 @@ def bytes_of(split: Split, spec: EncoderSpec, checkpoint: Checkpoint) -> int:
     return rows * each * (len(words.spans) if words else 0) // max(1, sample.num_rows)
 
 
+def wanted_rows(spec: Spec, given: Mapping[str, Any]) -> list[tuple[str, Source, Columns, Any]]:
+    """The splits of labelled rows that a spec names: of each the name, the source, the columns, and what is given.
+
+    Raises:
+        SpecError: the spec names no rows, or no label.
+    """
+    data = spec.data
+    if given["train"] is None and not data.train.given:
+        raise SpecError("data.train must name a path or a hub data set.")
+    if not data.label:
+        raise SpecError("data.label must be a string that is not empty: a head is fitted on labels.")
+    columns = Columns(data.text, data.text_pair, data.label, data.id, spec.form)
+    wanted = [("train", data.train, columns, given["train"])]
+    for name, source in (("dev", data.dev), ("test", data.test)):
+        if source.given or given[name] is not None:
+            wanted.append((name, source, columns, given[name]))
+    return wanted
+
+
 def splits_of(
     spec: Spec, checkpoint: Checkpoint, folder: Location, given: Mapping[str, Any]
 ) -> tuple[list[Split], tuple[str, ...]]:
@@ -88,16 +107,8 @@ def splits_of(
         SpecError: the spec names no rows, or no label.
         SourceError: the rows cannot be read.
     """
-    data = spec.data
-    if given["train"] is None and not data.train.given:
-        raise SpecError("data.train must name a path or a hub data set.")
-    if not data.label:
-        raise SpecError("data.label must be a string that is not empty: a head is fitted on labels.")
-    columns = Columns(data.text, data.text_pair, data.label, data.id, spec.form)
-    wanted = [("train", data.train, columns, given["train"])]
-    for name, source in (("dev", data.dev), ("test", data.test)):
-        if source.given or given[name] is not None:
-            wanted.append((name, source, columns, given[name]))
+    data, wanted = spec.data, wanted_rows(spec, given)
+    columns = wanted[0][2]
     if spec.examples:
         texts = pa.table({"text": list(spec.examples)})
         wanted.append(("examples", Source(), Columns("text", form=spec.form), texts))
@@ -114,18 +125,29 @@ def splits_of(
 
 def _files(name: str, source: Source, columns: Columns, rows: Any, folder: Location) -> tuple[Source, tuple[str, ...]]:
     """A source of files, and the label names that its rows carry: rows that are not files yet become some."""
-    if rows is None and (source.hub or is_saved_dataset(source)):
+    if rows is None and is_data_set(name, source):
         rows = from_hub(source)
-    elif rows is None and (source.split or source.config):
-        raise SpecError(
-            f"data.{name}: split and config are for hub and save_to_disk data sets. {source.path} is files: give "
-            "files of its own to each split, or use limit."
-        )
     if rows is None:
         return source, ()
     staged = folder / "rows" / name
     carried = stage(rows, columns, staged)
     return Source(path=staged.url, format="parquet", limit=source.limit), carried
+
+
+def is_data_set(name: str, source: Source) -> bool:
+    """Whether a split's source is a data set of the hub or of save_to_disk, and not files.
+
+    Raises:
+        SpecError: it is files, and the spec asks for what only data sets have.
+    """
+    if source.hub or is_saved_dataset(source):
+        return True
+    if source.split or source.config:
+        raise SpecError(
+            f"data.{name}: split and config are for hub and save_to_disk data sets. {source.path} is files: give "
+            "files of its own to each split, or use limit."
+        )
+    return False
 
 
 def plan_of(split: Split, spec: EncoderSpec, checkpoint: Checkpoint, label_names: tuple[str, ...]) -> dict[str, Any]:

@@ -147,24 +147,9 @@ class Store:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rejects.to_pylist()]
         if lines:
             self._rejects(receipt.unit).write("".join(lines).encode())
-        sink = pa.BufferOutputStream()
-        vectors = [table.schema.field(name) for name in vector_columns(table.schema)]
-        codecs = dict.fromkeys(_columns(table.schema), "zstd")
-        codecs |= {column_path(field): "none" for field in vectors}  # they do not compress
-        with pq.ParquetWriter(
-            sink,
-            table.schema,
-            compression=codecs,
-            use_dictionary=["label"],
-            write_statistics=False,
-            write_page_checksum=True,
-        ) as writer:
-            writer.write_table(table)
-            receipt = replace(receipt, spent=spent())
-            writer.add_key_value_metadata({_RECEIPT: json.dumps(asdict(receipt)), _CHECKSUM: _UNSEALED})
-        data, checksum = _sealed(sink.getvalue())
+        data, receipt = packed(receipt, table, spent)
         self.shard(receipt.unit).write(data)
-        return replace(receipt, checksum=checksum)
+        return receipt
 
     def done(self, units: Sequence[str]) -> dict[str, Receipt]:
         """The receipts of those units whose shards are there."""
@@ -343,6 +328,29 @@ class Store:
         if (aside := len(self.rejects(receipt.unit))) != receipt.rejected:
             raise StoreError(f"{aside} of its {receipt.rejected} rows that were set aside are told of")
         return table
+
+
+def packed(
+    receipt: Receipt, table: pa.Table, spent: Callable[[], dict[str, float]] = dict
+) -> tuple[pa.Buffer, Receipt]:
+    """What a unit gave as the bytes of its shard, and its receipt with their checksum and `spent`."""
+    sink = pa.BufferOutputStream()
+    vectors = [table.schema.field(name) for name in vector_columns(table.schema)]
+    codecs = dict.fromkeys(_columns(table.schema), "zstd")
+    codecs |= {column_path(field): "none" for field in vectors}  # they do not compress
+    with pq.ParquetWriter(
+        sink,
+        table.schema,
+        compression=codecs,
+        use_dictionary=["label"],
+        write_statistics=False,
+        write_page_checksum=True,
+    ) as writer:
+        writer.write_table(table)
+        receipt = replace(receipt, spent=spent())
+        writer.add_key_value_metadata({_RECEIPT: json.dumps(asdict(receipt)), _CHECKSUM: _UNSEALED})
+    data, checksum = _sealed(sink.getvalue())
+    return data, replace(receipt, checksum=checksum)
 
 
 # A shard's checksum lies in its own footer, whose texts have their lengths before them, and is taken with zeros in its

@@ -3,11 +3,13 @@ import json
 import os
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
+from conftest import bytes_read
 
 from bertray.errors import SourceError
 from bertray.formats import format_of
@@ -379,3 +381,16 @@ def test_hub_data_sets_with_slices(tmp_path):
 )
 def test_formats_by_name(name, format):
     assert format_of(name) == format
+
+
+def test_a_unit_of_a_parquet_file_takes_no_more_than_its_groups(tmp_path):
+    """Arrow fetches all row groups that it is told of, at once and at the first of them."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(words) for words in rng.integers(0, 10**6, (40_000, 12)).astype(str)]
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": texts, "label": ["a"] * len(texts)}), path, row_group_size=2000)
+    columns = Columns("text", label="label")
+    unit = units(Source(path=str(path)), columns)[1]
+    before = bytes_read()
+    Reader(columns).read(unit)
+    assert bytes_read() - before < path.stat().st_size / 4
