@@ -202,6 +202,24 @@ def test_pip_takes_a_jobs_packages(tmp_path):
     assert done.returncode == 0 and "Would install" not in done.stdout, done.stdout + done.stderr
 
 
+def test_code_that_a_job_brings_along_knows_its_version(monkeypatch):
+    """Where bertray is in the working directory and not installed."""
+    from importlib import metadata
+
+    import bertray
+    from bertray.embed import versions
+
+    installed = metadata.distribution
+
+    def others(name):
+        if name == "bertray":
+            raise metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(metadata, "distribution", others)
+    assert versions()["bertray"] == bertray.__version__ == PROJECT["version"]
+
+
 # --- Kubernetes -------------------------------------------------------------------------------------------
 
 
