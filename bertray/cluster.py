@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,11 +60,9 @@ def connected(sizes: RaySizes, alone: bool = False) -> Iterator[None]:
     try:
         with _quiet(), solo.starting(sizes.fit_workers > 0) if alone else nullcontext():
             ray.init(address, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-    except Exception as error:  # Ray raises many kinds: say what it said
-        raise ClusterError(
-            f"Cannot use the Ray cluster at {address or os.environ.get('RAY_ADDRESS', 'this machine')}: "
-            f"{' '.join(str(error).split())[:300]}"
-        ) from error
+    except Exception as error:
+        where = address or os.environ.get("RAY_ADDRESS", "this machine")
+        raise ClusterError(f"Cannot use the Ray cluster at {where}: {_refusal(error)}") from error
     try:
         with _without_rays_own_words():
             yield
@@ -84,6 +83,19 @@ def _without_rays_own_words() -> Iterator[None]:
         return
     with told:
         yield
+
+
+def _refusal(error: Exception) -> str:
+    """Why Ray does not connect, in one line. It raises many kinds: what it says tells them apart."""
+    said = " ".join(str(error).split())
+    if "Version mismatch" in said:
+        return f"{said}. Install the cluster's versions here, or start it with these."
+    if re.search("AuthenticationError|authentication token", f"{said} {error.__cause__}"):
+        return (
+            "it does not take the token given here, or none is given. Set RAY_AUTH_MODE=token here as there, and put "
+            "its token into ~/.ray/auth_token (or RAY_AUTH_TOKEN)."
+        )
+    return said[:300]
 
 
 def _check_reachable(address: str) -> None:
