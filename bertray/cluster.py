@@ -18,6 +18,7 @@ from bertray.spec import RaySizes
 from bertray.storage import Location
 
 _CPUS_PER_WORKER = 4  # past that, a worker's threads gain less than another worker does
+_ANSWER_SECONDS = 10.0  # until what does not answer is not there
 _REACH_SECONDS = 60.0  # until a node that does not say what it sees is left to Ray
 
 
@@ -104,12 +105,31 @@ def _check_reachable(address: str) -> None:
     if not (colon and port.isdigit()):
         return  # a word such as auto or local
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+                _check_speaks(connection)
     except OSError as error:
         raise ClusterError(
             f"Cannot use the Ray cluster at {address}: {error.strerror or error}. Start it (ray start --head), or "
             "correct ray.address (or RAY_ADDRESS)."
         ) from None
+
+
+def _check_speaks(connection: socket.socket) -> None:
+    """That what listens is a server of gRPC: those answer the start of HTTP/2 with their settings. Of anything else,
+    such as the dashboard, Ray would wait for an answer, 40 seconds at a time.
+
+    Raises:
+        OSError: it is not.
+    """
+    settings = b"\x04"  # a frame's fourth byte, behind its length: here none
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + settings + bytes(5))
+    try:
+        answered = connection.recv(9)[3:4]
+    except TimeoutError:
+        answered = b""
+    if answered != settings:
+        raise OSError("something listens there that is not Ray (jobs join at port 6379, not at the dashboard's)")
 
 
 @contextmanager
