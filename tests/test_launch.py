@@ -267,10 +267,11 @@ def test_the_services_config_is_one_of_ray_serve():
 
     (application,) = ServeDeploySchema.model_validate(service()).applications
     assert import_attr(application.import_path) is build
-    assert [deployment.name for deployment in application.deployments] == ["Gate"]
+    encoders, gate = application.deployments  # both: Ray Serve gives its runtime_env to those that are named
+    assert (encoders.name, gate.name) == ("Encoders", "Gate")
     (local,) = yaml.safe_load((ROOT / "jobs" / "serve.yaml").read_text())["applications"]
     assert {*local["args"]} <= {*application.args}
-    assert application.deployments[0].user_config["heads"] == application.args["heads"]
+    assert gate.user_config["heads"] == application.args["heads"]
     (gpu,) = cluster_of("rayservice")["workerGroupSpecs"]
     assert gpu["minReplicas"] == application.args["replicas"]
     assert application.args["num_cpus"] + 0.5 <= float(limits(gpu)["cpu"])  # beside the gate
