@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from bertray.spec import RaySizes
 from bertray.storage import Location
 
 _CPUS_PER_WORKER = 4  # past that, a worker's threads gain less than another worker does
+_ANSWER_SECONDS = 10.0  # until what does not answer is not there
 _REACH_SECONDS = 60.0  # until a node that does not say what it sees is left to Ray
 
 
@@ -59,11 +61,9 @@ def connected(sizes: RaySizes, alone: bool = False) -> Iterator[None]:
     try:
         with _quiet(), solo.starting(sizes.fit_workers > 0) if alone else nullcontext():
             ray.init(address, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-    except Exception as error:  # Ray raises many kinds: say what it said
-        raise ClusterError(
-            f"Cannot use the Ray cluster at {address or os.environ.get('RAY_ADDRESS', 'this machine')}: "
-            f"{' '.join(str(error).split())[:300]}"
-        ) from error
+    except Exception as error:
+        where = address or os.environ.get("RAY_ADDRESS", "this machine")
+        raise ClusterError(f"Cannot use the Ray cluster at {where}: {_refusal(error)}") from error
     try:
         with _without_rays_own_words():
             yield
@@ -86,18 +86,50 @@ def _without_rays_own_words() -> Iterator[None]:
         yield
 
 
+def _refusal(error: Exception) -> str:
+    """Why Ray does not connect, in one line. It raises many kinds: what it says tells them apart."""
+    said = " ".join(str(error).split())
+    if "Version mismatch" in said:
+        return f"{said}. Install the cluster's versions here, or start it with these."
+    if re.search("AuthenticationError|authentication token", f"{said} {error.__cause__}"):
+        return (
+            "it does not take the token given here, or none is given. Set RAY_AUTH_MODE=token here as there, and put "
+            "its token into ~/.ray/auth_token (or RAY_AUTH_TOKEN)."
+        )
+    return said[:300]
+
+
 def _check_reachable(address: str) -> None:
     """Ray itself tries for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not (colon and port.isdigit()):
         return  # a word such as auto or local
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+                _check_speaks(connection)
     except OSError as error:
         raise ClusterError(
             f"Cannot use the Ray cluster at {address}: {error.strerror or error}. Start it (ray start --head), or "
             "correct ray.address (or RAY_ADDRESS)."
         ) from None
+
+
+def _check_speaks(connection: socket.socket) -> None:
+    """That what listens is a server of gRPC: those answer the start of HTTP/2 with their settings. Of anything else,
+    such as the dashboard, Ray would wait for an answer, 40 seconds at a time.
+
+    Raises:
+        OSError: it is not.
+    """
+    settings = b"\x04"  # a frame's fourth byte, behind its length: here none
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + settings + bytes(5))
+    try:
+        answered = connection.recv(9)[3:4]
+    except TimeoutError:
+        answered = b""
+    if answered != settings:
+        raise OSError("something listens there that is not Ray (jobs join at port 6379, not at the dashboard's)")
 
 
 @contextmanager

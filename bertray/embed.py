@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from bertray import solo
+from bertray import __version__, solo
 from bertray.checkpoints import Checkpoint
 from bertray.cluster import Workers, alive_nodes, check_reach, end_process, is_full, plan_workers
 from bertray.errors import ERRORS, ClusterError
@@ -121,8 +121,9 @@ def _finish(split: Split, receipts: dict[str, Receipt], encoder: str) -> Manifes
 
 def versions() -> dict[str, str]:
     """The versions of what computes."""
-    packages = ("bertray", "ray", "torch", "transformers", "tokenizers", "numpy", "pyarrow")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+    packages = ("ray", "torch", "transformers", "tokenizers", "numpy", "pyarrow")
+    ours = {"python": platform.python_version(), "bertray": __version__}  # which a job brings along, not installed
+    return ours | {package: version(package) for package in packages}
 
 
 def _until_done(

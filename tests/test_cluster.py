@@ -1,11 +1,18 @@
 """What is taken of a cluster: how many processes, of what size. On Ray's own clusters of several nodes."""
 
 import json
+import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from chaos import ENVIRONMENT
+
+from bertray import cluster
+from bertray.errors import ClusterError
+from bertray.spec import RaySizes
 
 PLANS = """
 import json, sys
@@ -63,3 +70,21 @@ def test_processes_fit_the_gpus_and_cpus_that_are_found():
     assert found[4] == [6, "cuda", 2, 0.5, 6]
     assert "ray.workers 6 of 4 CPUs each is more than the Ray cluster has room for" in found[5]
     assert found[6:] == [[9, "cpu", 4, 0.0, None], [2, "cpu", 4, 0.0, 2]]
+
+
+def refused(port, monkeypatch):
+    monkeypatch.setattr(cluster, "_ANSWER_SECONDS", 0.5)
+    with pytest.raises(ClusterError) as told, cluster.connected(RaySizes(address=f"127.0.0.1:{port}")):
+        raise AssertionError
+    return str(told.value)
+
+
+def test_what_listens_and_is_not_ray_is_told_at_once(monkeypatch):
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as web, socket.create_server(("127.0.0.1", 0)) as deaf:
+        threading.Thread(target=web.handle_request, daemon=True).start()
+        for port in (web.server_port, deaf.getsockname()[1]):
+            line = refused(port, monkeypatch)
+            assert line.startswith(
+                f"Cannot use the Ray cluster at 127.0.0.1:{port}: something listens there that is not"
+            )
+            assert "correct ray.address" in line

@@ -1,4 +1,4 @@
-"""`ray job submit` against a real cluster from `ray start`, with token authentication on; the launcher's file."""
+"""`ray job submit` against a real cluster from `ray start`, with token authentication on."""
 
 import contextlib
 import json
@@ -18,14 +18,16 @@ import yaml
 from conftest import MINILM, ROOT, free_port, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
+from bertray.storage import Location
 from bertray.store import Store
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """The environment of a user who started a cluster as the README says, with a home folder of its own."""
+def cluster(s3, tmp_path_factory):
+    """The environment of a user who started a cluster as the README says, with a home folder of its own, and the
+    cluster's address as GCS."""
     home = tmp_path_factory.mktemp("home")
     port, dashboard, metrics = free_port(), free_port(), free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -41,8 +43,8 @@ def cluster(tmp_path_factory):
         env=environment, timeout=90, capture_output=True, text=True,
     )  # fmt: skip
     assert started.returncode == 0, started.stdout + started.stderr
-    addresses = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}", "METRICS": f"http://127.0.0.1:{metrics}"}
-    yield environment | addresses
+    addresses = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}", "GCS": f"127.0.0.1:{port}"}
+    yield environment | addresses | {"METRICS": f"http://127.0.0.1:{metrics}"}
     # Not `ray stop`, which ends every cluster on the machine: only what inherited this one's folder.
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -51,11 +53,11 @@ def cluster(tmp_path_factory):
     shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)
 
 
-def submit(cluster, *command, options=()):
+def submit(cluster, *command, folder=".", options=()):
     deadline = time.monotonic() + 60
     while True:
         done = subprocess.run(
-            [RAY, "job", "submit", "--working-dir", ".", *options, "--", "python", *map(str, command)],
+            [RAY, "job", "submit", "--working-dir", folder, *options, "--", "python", *map(str, command)],
             env=cluster, cwd=ROOT, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         # Ray takes jobs some seconds after `ray start` has returned.
@@ -204,11 +206,118 @@ def test_a_service_is_deployed_and_its_heads_are_swapped_by_its_config(cluster, 
         assert json.load(answer)["predictions"][0]["label"] == "positive"
 
 
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A clone at work: with an environment, runs and caches, 3 MB each."""
+    folder = tmp_path_factory.mktemp("clone") / "bertray"
+    ours = shutil.ignore_patterns(
+        ".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"
+    )
+    shutil.copytree(ROOT, folder, ignore=ours)
+    for command in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "all"],
+    ):
+        subprocess.run(["git", "-C", str(folder), *command], check=True, timeout=30)
+    for large in (".git/objects", ".venv/lib", "runs/demo/stores", "bertray/__pycache__", "build", "bertray.egg-info"):
+        (folder / large).mkdir(parents=True, exist_ok=True)
+        (folder / large / "large").write_bytes(os.urandom(3_000_000))
+    return folder
+
+
+LISTED = """
+import json, os
+files = [os.path.join(at, file) for at, _, files in os.walk(".") for file in files]
+print("FILES", json.dumps({file: os.path.getsize(file) for file in files}))
+"""
+
+
+def test_what_is_uploaded_is_the_code_alone(cluster, clone):
+    done = submit(cluster, "-c", LISTED, folder=clone)
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = json.loads(next(line[6:] for line in done.stdout.splitlines() if line.startswith("FILES")))
+    kept = subprocess.run(["git", "-C", str(clone), "ls-files"], capture_output=True, text=True, timeout=30)
+    assert {name.removeprefix("./") for name in files} == set(kept.stdout.split())
+    assert sum(files.values()) < 5_000_000
+
+
+def test_the_job_of_kubernetes_runs_from_its_zip(cluster, clone, s3):
+    """The commands of the README and of the manifest, with S3 of moto for the bucket and CPUs for GPUs."""
+    subprocess.run(
+        ["git", "-C", str(clone), "archive", "--prefix", "bertray/", "-o", "bertray.zip", "HEAD"],
+        check=True,
+        timeout=30,
+    )
+    Location(f"{s3}/bertray.zip").write((clone / "bertray.zip").read_bytes())
+    given = (ROOT / "jobs" / "kubernetes" / "rayjob.yaml").read_text().replace("s3://BUCKET", s3)
+    job = yaml.safe_load(given)["spec"]
+    folder = yaml.safe_load(job["runtimeEnvYAML"])["working_dir"]
+    without = submit(cluster, *job["entrypoint"].split()[1:], folder=folder)
+    assert without.returncode == 1
+    assert (
+        "bertray: ray.device is cuda, but the Ray cluster has no GPU. Set ray.device to auto or cpu." in without.stdout
+    )
+    done = submit(cluster, *job["entrypoint"].replace("cuda", "cpu").split()[1:], folder=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(Location(f"{s3}/runs/demo/metrics.json").read())["metrics"]["test"]["accuracy"] > 0.82
+
+
 def test_without_a_token_the_cluster_refuses(cluster, tmp_path):
     stranger = {**cluster, "HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled"}
     refused = submit(stranger, "jobs/pipeline.py", "jobs/specs/demo.yaml")
     assert refused.returncode != 0
     assert re.search("authentication", refused.stdout + refused.stderr, re.I)
+
+
+def refused(cluster, output, **environment):
+    """What a job that joins the cluster by its address says, in an environment that differs from the cluster's."""
+    command = [sys.executable, "-m", "bertray.cli", "embed", "jobs/specs/demo.yaml", "--output", str(output)]
+    done = subprocess.run(
+        [*command, "--set", f"ray.address={cluster['GCS']}"],
+        env=cluster | environment | {"RAY_NUM_REDIS_GET_RETRIES": "2"},  # Ray tries 20 times, a second each
+        cwd=ROOT, capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert not list(output.rglob("shards/*"))
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"bertray: Cannot use the Ray cluster at {cluster['GCS']}: ")
+    return line
+
+
+def test_another_token_is_told(cluster, tmp_path):
+    for environment in ({"RAY_AUTH_TOKEN": "another" * 5}, {"RAY_AUTH_MODE": "disabled"}, {"HOME": str(tmp_path)}):
+        line = refused(cluster, tmp_path / "run", **environment)
+        assert "token" in line and "RAY_AUTH_MODE=token" in line and "auth_token" in line
+
+
+VERSION = """
+import json, sys
+from ray._common.usage import usage_constants as constants
+from ray._raylet import GcsClient
+cluster = GcsClient(address=sys.argv[1])
+found = json.loads(cluster.internal_kv_get(constants.CLUSTER_METADATA_KEY, b"cluster"))
+print(found[sys.argv[2]])
+found[sys.argv[2]] = sys.argv[3]
+cluster.internal_kv_put(constants.CLUSTER_METADATA_KEY, json.dumps(found).encode(), True, b"cluster")
+"""
+
+
+@pytest.mark.parametrize(("kind", "version"), [("ray_version", "2.48.0"), ("python_version", "3.12.3")])
+def test_another_version_is_told(cluster, tmp_path, kind, version):
+    """The cluster is made to say that it was started with another version."""
+
+    def say(version):
+        command = [sys.executable, "-c", VERSION, cluster["GCS"], kind, version]
+        done = subprocess.run(command, env=cluster, capture_output=True, text=True, timeout=60, check=True)
+        return done.stdout.strip()
+
+    own = say(version)
+    try:
+        line = refused(cluster, tmp_path / "run")
+    finally:
+        assert say(own) == version
+    assert re.search(rf"Version mismatch: .*{version}.*{own}.*Install the cluster's versions", line)
 
 
 @pytest.mark.parametrize("script", ["pipeline", "embed", "fit", "evaluate", "predict", "publish", "serve"])
@@ -218,16 +327,3 @@ def test_every_job_is_a_command(script):
     )
     assert done.returncode == 0
     assert f"usage: bertray {'run' if script == 'pipeline' else script}" in done.stdout
-
-
-def test_cluster_yaml_is_what_rays_launcher_takes():
-    import jsonschema
-    import ray
-
-    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
-    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
-    jsonschema.validate(config, schema)
-    assert config["head_node_type"] in config["available_node_types"]
-    pinned = (ROOT / "constraints.txt").read_text()
-    for version in re.findall(r"ray\S*==(\S+?)['\"\s]", json.dumps(config)):
-        assert f"ray=={version}" in pinned

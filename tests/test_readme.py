@@ -29,7 +29,6 @@ ELSEWHERE = {
     "export RAY_AUTH_MODE=token": "test_jobs",
     "bertray serve": "test_serve",
     "curl http": "test_serve",
-    "ray up": "its file: test_jobs",
 }
 
 
