@@ -36,6 +36,7 @@ from bertray.worker import UNITS_AT_ONCE, Job, UnitEncoder
 _FAILURES = 3  # of the whole pipeline, one after another without a unit done in between
 _BLOCKS = 10_000  # up to which a unit is one by itself: each costs Ray Data's driver some milliseconds
 _SHARES = 4  # of what is left, that a worker is handed one of at most
+_NOTED = 1_000  # receipts in one file
 _LOOKED_FOR = 3  # files of the source that each node is asked for before it encodes
 _LOOK_SECONDS = 15.0  # most between looks at the encoder processes
 
@@ -102,12 +103,17 @@ def embed(
             log.info("embedding: %d of %d rows are done already", total - missing, total)
         with Progress("embedding", total, "rows", total - missing) as progress:
             started, tokens = time.monotonic(), 0
+            unnoted: dict[str, list[Receipt]] = {split.name: [] for split in splits}
             for name, receipt in _until_done(todo, job, sizes, ready):
                 done[name][receipt.unit] = receipt
                 tokens += receipt.tokens
                 speed = tokens / (time.monotonic() - started)
                 progress.add(receipt.rows + receipt.rejected, f"{speed:.0f} tokens/s")
                 rejects[name].add(receipt)
+                unnoted[name].append(receipt)
+                if len(unnoted[name]) == _NOTED:
+                    job.stores[name].note(unnoted[name])
+                    unnoted[name] = []
     return {split.name: _finish(split, done[split.name], checkpoint.name) for split in splits}
 
 
@@ -142,7 +148,7 @@ def _until_done(
                     yield name, receipt
         except (RayError, SystemException) as error:
             line = " ".join(str(error).split())[:300]
-        for name, store in job.stores.items():  # some were done while their receipts were on the way
+        for name, store in job.stores.items() if missing else ():  # some were done while their receipts were on the way
             for receipt in store.done([key for split, key in missing if split == name]).values():
                 del missing[name, receipt.unit]
                 yield name, receipt

@@ -1,12 +1,14 @@
 """The driver's part: pipelines that fail are begun again with what is missing."""
 
 import threading
+from pathlib import Path
 
 import pytest
 
 import bertray
 from bertray import audit, embed
 from bertray.errors import ClusterError
+from bertray.store import Store
 
 
 @pytest.fixture
@@ -89,6 +91,20 @@ def test_units_are_blocks_by_themselves_until_they_are_too_many():
     assert sizes == sorted(sizes, reverse=True)
     assert (sizes[0], sizes[-1]) == (50, 1)
     assert len(cuts) < 25_000
+
+
+def test_receipts_are_noted_for_those_who_go_on(spec, ray_cluster, monkeypatch):
+    monkeypatch.setattr(embed, "_NOTED", 8)
+    bertray.run(spec, until="embed")
+    (shards,) = Path(spec["output"]).glob("stores/*/shards")
+    store, keys = Store(str(shards.parent)), [shard.stem for shard in shards.iterdir()]
+    assert len([*(shards.parent / "receipts").iterdir()]) == 2
+    assert len(store._noted()) == 16
+    assert store.done(keys) == {receipt.unit: receipt for receipt in store.manifest().units}
+    min(shards.iterdir()).unlink()
+    (shards.parent / "manifest.json").unlink()
+    bertray.run(spec, until="embed")
+    assert audit.verify(spec["output"])["ok"]
 
 
 def test_several_units_a_block_give_the_same_store(spec, ray_cluster, monkeypatch, tmp_path):
