@@ -436,10 +436,10 @@ def _compared(one: _Found) -> dict[str, str]:
     return {
         "units": f"{one['units']:,}",
         "receipts before, s": f"{one['footers']:.2f}",
-        "times now": f"{one['footers'] / one['noted']:.1f}",
+        "ratio to now": f"{one['footers'] / one['noted']:.1f}",
         "manifest before, s": f"{one['manifest before']:.2f}",
-        "times now's": f"{one['manifest before'] / one['manifest']:.1f}",
-        "its MB before": f"{one['bytes before'] / 1e6:.1f}",
+        "ratio to now's": f"{one['manifest before'] / one['manifest']:.1f}",
+        "MB before": f"{one['bytes before'] / 1e6:.1f}",
         "MB now": f"{one['bytes'] / 1e6:.1f}",
     }
 
