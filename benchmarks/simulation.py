@@ -49,7 +49,7 @@ _WRITTEN = 2_000  # up to so many units, shards are written
 _ASKED = 20  # units whose requests are counted
 _COLUMNS = Columns("text", label="label")
 _SPEC = Encoder(model="none")
-_CHECKPOINT: Any = SimpleNamespace(name="none", identity={})
+_CHECKPOINT: Any = SimpleNamespace(name="none", revision="main", identity={})
 _MADE_BY = {"features": ["mean_6"]}
 _NO_REJECTS = pa.table({"id": pa.array([], pa.string()), "reason": [], "preview": []})
 _Found = Mapping[str, Any]
