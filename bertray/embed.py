@@ -7,6 +7,7 @@ again with what is missing.
 
 import json
 import logging
+import math
 import platform
 import re
 import threading
@@ -34,6 +35,9 @@ from bertray.vectors import with_vectors, with_words
 from bertray.worker import UNITS_AT_ONCE, Job, UnitEncoder
 
 _FAILURES = 3  # of the whole pipeline, one after another without a unit done in between
+_BLOCKS = 10_000  # up to which a unit is one by itself: each costs Ray Data's driver some milliseconds
+_SHARES = 4  # of what is left, that a worker is handed one of at most
+_NOTED = 1_000  # receipts in one file
 _LOOKED_FOR = 3  # files of the source that each node is asked for before it encodes
 _LOOK_SECONDS = 15.0  # most between looks at the encoder processes
 
@@ -101,12 +105,17 @@ def embed(
             log.info("embedding: %d of %d rows are done already", total - missing, total)
         with Progress("embedding", total, "rows", total - missing) as progress:
             started, tokens = time.monotonic(), 0
+            unnoted: dict[str, list[Receipt]] = {split.name: [] for split in splits}
             for name, receipt in _until_done(todo, job, sizes, ready):
                 done[name][receipt.unit] = receipt
                 tokens += receipt.tokens
                 speed = tokens / (time.monotonic() - started)
                 progress.add(receipt.rows + receipt.rejected, f"{speed:.0f} tokens/s")
                 rejects[name].add(receipt)
+                unnoted[name].append(receipt)
+                if len(unnoted[name]) == _NOTED:
+                    job.stores[name].note(unnoted[name])
+                    unnoted[name] = []
     return {split.name: _finish(split, done[split.name], checkpoint.name) for split in splits}
 
 
@@ -142,7 +151,7 @@ def _until_done(
                     yield name, receipt
         except (RayError, SystemException) as error:
             line = " ".join(str(error).split())[:300]
-        for name, store in job.stores.items():  # some were done while their receipts were on the way
+        for name, store in job.stores.items() if missing else ():  # some were done while their receipts were on the way
             for receipt in store.done([key for split, key in missing if split == name]).values():
                 del missing[name, receipt.unit]
                 yield name, receipt
@@ -197,8 +206,11 @@ def _rows(todo: list[tuple[str, Unit]], job: Job, workers: Workers) -> Iterator[
     context.execution_no_progress_timeout_s = -1  # it takes slow units for hung ones: see _Watch
     context.max_consecutive_actor_init_deaths = _FAILURES
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0  # a pool grows when all in it are busy
-    items = [{"split": name, **asdict(unit)} for name, unit in todo]
-    receipts = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+    blocks = [
+        {"units": [{"split": name, **asdict(unit)} for name, unit in todo[part]]}
+        for part in _blocks(len(todo), workers.count)
+    ]
+    receipts = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
         UnitEncoder,
         fn_constructor_args=(job, workers.device, workers.threads),
         batch_size=1,
@@ -221,6 +233,16 @@ def _rows(todo: list[tuple[str, Unit]], job: Job, workers: Workers) -> Iterator[
                 if row["error"]:
                     raise ERRORS[row["error"]](row["value"])
                 yield row
+
+
+def _blocks(units: int, workers: int) -> Iterator[slice]:
+    """Which units are handed to a worker together: of so many that they would be too many blocks, several, ever fewer
+    toward the end, so that all workers end at about the same time."""
+    start, most = 0, math.ceil(units / _BLOCKS)
+    while start < units:
+        size = min(most, math.ceil((units - start) / (_SHARES * workers)))
+        yield slice(start, start + size)
+        start += size
 
 
 def _aside(items: Iterator[Any], meanwhile: Callable[[], None]) -> Iterator[Any]:

@@ -32,6 +32,7 @@ PREVIEW = 80  # characters of a text that is set aside
 _STAGED = re.compile(r"part-\d{5}-[0-9a-f]{16}\.parquet")
 _UNIT_BYTES = 16 << 20
 _PREVIEW_ROWS = 100
+_PLACES = 3  # that a reader keeps open
 _HASHED_BYTES = 64 << 20
 
 
@@ -268,11 +269,12 @@ def _ranges(rows: int, groups: Sequence[int], step: int) -> Iterator[tuple[int, 
 
 
 class Reader:
-    """Reads units. Keeps the last file open, so that units in rising order read a file once."""
+    """Reads units. Keeps the places where it stands open, so that units in rising order read a file once, and so do a
+    few such series beside each other."""
 
     def __init__(self, columns: Columns) -> None:
         self.columns = columns
-        self._rows: Rows | None = None
+        self._places: list[Rows] = []  # the last one used last
 
     def read(self, unit: Unit) -> Batch:
         """The rows of a unit.
@@ -281,18 +283,25 @@ class Reader:
             SourceError: the rows are not there any more, or a column holds what it must not.
         """
         try:
-            if self._rows is None or self._rows.url != unit.url or self._rows.position > unit.start:
-                _check_unchanged(unit)
-                self._rows = open_rows(unit.url, unit.format, self.columns.names, self.columns.nested)
-            rows, self._rows = self._rows, None  # after an error its place in the file is not known
+            rows = self._taken(unit)  # after an error its place in the file is not known
             table = rows.read(unit.start, unit.stop)
         except SourceError:
             _check_unchanged(unit)  # which may be why
             raise
         _check_unchanged(unit)
-        self._rows = rows
+        self._places = [*self._places, rows][-_PLACES:]
         with reading(unit.url):
             return normalize(table, self.columns, unit, rows.odd)
+
+    def _taken(self, unit: Unit) -> Rows:
+        """The place before a unit that is nearest, which is not kept any longer; else the start of its file."""
+        before = [rows for rows in self._places if rows.url == unit.url and rows.position <= unit.start]
+        if not before:
+            _check_unchanged(unit)
+            return open_rows(unit.url, unit.format, self.columns.names, self.columns.nested)
+        rows = max(before, key=lambda rows: rows.position)
+        self._places.remove(rows)
+        return rows
 
 
 def normalize(table: pa.Table, columns: Columns, unit: Unit, odd: Sequence[Odd] = ()) -> Batch:

@@ -154,8 +154,9 @@ def plan_of(split: Split, spec: EncoderSpec, checkpoint: Checkpoint, label_names
     """What a split's store is to hold, and all that it takes to make it, for JSON."""
     files: dict[str, dict[str, Any]] = {}
     for unit in split.units:
-        file = files.setdefault(unit.name, {**asdict(unit), "cuts": []})
-        file["cuts"].append([unit.start, unit.stop])
+        if unit.name not in files:
+            files[unit.name] = {**asdict(unit), "cuts": []}
+        files[unit.name]["cuts"].append([unit.start, unit.stop])
     return {
         "split": split.name,
         "made_by": split.made_by,

@@ -302,8 +302,10 @@ def output_folder(output: str) -> Location:
 def _resolve(url: str) -> tuple[pafs.FileSystem, str]:
     if "://" not in url:
         return pafs.LocalFileSystem(), url
+    # One request writes a small object instead of the three of an upload in parts.
+    options = "?allow_delayed_open=true" if url.startswith("s3://") and "?" not in url else ""
     try:
-        return pafs.FileSystem.from_uri(url)
+        return pafs.FileSystem.from_uri(url + options)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError):
         pass  # not one of pyarrow's own: ask fsspec
     try:

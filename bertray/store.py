@@ -119,6 +119,8 @@ class Store:
                           (fixed size lists of float16 or float32); where words have vectors, lists of those, with
                           starts and stops of the words; predictions have answers in place of label and vectors
     rejects/UNIT.jsonl    id, reason, preview of rows set aside, where there are any
+    receipts/TIME.jsonl   receipts, a thousand at a time, where there are so many: in place of the shards' own, each of
+                          which takes two requests
     """
 
     url: str
@@ -153,10 +155,34 @@ class Store:
 
     def done(self, units: Sequence[str]) -> dict[str, Receipt]:
         """The receipts of those units whose shards are there."""
-        present = {file.name.removesuffix(".parquet") for file in (self.location / "shards").files()}
+        shards = {file.name.removesuffix(".parquet"): file.changed for file in (self.location / "shards").files()}
+        noted = {unit: receipt for unit, (receipt, at) in self._noted().items() if shards.get(unit, at + 1) <= at}
+        found = {unit: noted[unit] for unit in units if unit in noted}
         with ThreadPoolExecutor(_THREADS) as pool:
-            receipts = pool.map(self.receipt, [unit for unit in units if unit in present])
-        return {receipt.unit: receipt for receipt in receipts if receipt}
+            others = pool.map(self.receipt, [unit for unit in units if unit in shards and unit not in found])
+        return found | {receipt.unit: receipt for receipt in others if receipt}
+
+    def note(self, receipts: Sequence[Receipt]) -> None:
+        """Note receipts in one file, for `done`. Of a shard that is written later its own counts."""
+        (self._notes / f"{time.time_ns()}.jsonl").write(_lines(receipts).encode())
+
+    @property
+    def _notes(self) -> Location:
+        return self.location / "receipts"
+
+    def _noted(self) -> dict[str, tuple[Receipt, float]]:
+        """The receipts that are noted, by unit, each with the time when it was."""
+
+        def read(file: FileInfo) -> list[tuple[Receipt, float]]:
+            try:
+                lines = Location(file.url).read().splitlines()
+                return [(Receipt(**json.loads(line)), file.changed) for line in lines]
+            except (FileNotFoundError, ValueError, TypeError):
+                return []  # damaged: as good as missing
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            files = pool.map(read, self._notes.files())
+            return {receipt.unit: (receipt, at) for file in files for receipt, at in file}
 
     def receipt(self, unit: str) -> Receipt | None:
         """The receipt that a unit's shard carries; None where there is no whole shard."""
@@ -240,10 +266,13 @@ class Store:
         """Write the manifest. Shards of other units (of a file that is gone, of another limit) are left: they may be
         asked for again, and the manifest tells which ones count."""
         self._running.delete()
-        self._manifest.write(json.dumps(asdict(manifest), indent=1).encode())
+        head = json.dumps({"fingerprint": manifest.fingerprint, "made_by": manifest.made_by}, indent=1)
+        units = _lines(manifest.units, ",\n")
+        self._manifest.write((head.removesuffix("\n}") + ',\n "units": [\n' + units + "\n]}").encode())
 
     def prune(self, manifest: Manifest) -> None:
         """Remove the shards and rejects that a manifest does not count, for who reads the folder without it."""
+        self._notes.delete()
         units = {receipt.unit for receipt in manifest.units}
         for folder in ("shards", "rejects"):
             for file in (self.location / folder).files():
@@ -351,6 +380,11 @@ def packed(
         writer.add_key_value_metadata({_RECEIPT: json.dumps(asdict(receipt)), _CHECKSUM: _UNSEALED})
     data, checksum = _sealed(sink.getvalue())
     return data, replace(receipt, checksum=checksum)
+
+
+def _lines(receipts: Sequence[Receipt], between: str = "\n") -> str:
+    """Receipts as JSON, each on a line. `asdict` would copy them first, which takes several times as long."""
+    return between.join(json.dumps(vars(receipt)) for receipt in receipts)
 
 
 # A shard's checksum lies in its own footer, whose texts have their lengths before them, and is taken with zeros in its

@@ -62,7 +62,7 @@ class Job:
 
 
 class UnitEncoder:
-    """The actor: a unit in, its shard written, a receipt out. What a user can mend comes back as a value.
+    """The actor: units in, their shards written, receipts out. What a user can mend comes back as a value.
 
     Calls run beside each other. Each reads in a thread that all share, so that files are read forwards; the encoder
     lets one encode while others tokenize; each writes in its own.
@@ -126,7 +126,12 @@ class UnitEncoder:
             raise BertrayError(" ".join(line.split())) from error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist([self._answer(**item) for item in batch.to_pylist()])
+        answers: list[dict[str, Any]] = []
+        for item in batch["units"][0].as_py():
+            answers.append(self._answer(**item))
+            if answers[-1]["error"]:  # the run stops there
+                break
+        return pa.Table.from_pylist(answers)
 
     def _answer(self, split: str, **unit: Any) -> dict[str, Any]:
         try:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from benchmarks import contestants, machine, peers, results, texts
+from benchmarks import contestants, machine, peers, results, simulation, texts
 from benchmarks.contestants import Contestant, Job, SkippedError
 
 LIGHT = "notebook,bertray-fp32"  # what needs none of the extra's packages
@@ -155,3 +155,38 @@ def test_scale_tells_memory_and_rates():
         assert 50 < int(row[3]) < 1000
         assert abs(int(row[4])) < 50
     assert any(row[0] == "2" for row in cells)
+
+
+@pytest.mark.timeout(120)
+def test_the_simulation_of_a_huge_run_tells_what_it_costs():
+    command = "-m benchmarks.simulation --sizes 100 --driven 40"
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    tables = {tuple(row) for row in cells}
+    (kept,) = [row for row in tables if row[:2] == ("100", "2")]
+    assert all(0 <= float(seconds) < 5 for seconds in kept[2:-1])
+    (drove,) = [row for row in tables if row[:3] == ("40", "40", "written")]
+    assert float(drove[4]) > 2
+    asked = {row[0]: row for row in tables if row[0] in ("before", "now")}
+    assert float(asked["now"][7]) < float(asked["before"][7])
+    assert (asked["before"][-1], asked["now"][-1]) == ("2,001", "4")
+    told = {row[0]: row for row in tables if row[0] in ("128 (before)", "128 (now)")}
+    assert {row[2] for row in told.values()} == {"500,000", "23,995"}
+
+
+def test_simulated_gpus_wait_for_a_driver_that_is_slower_than_they_are():
+    free = simulation.simulated([1] * 4_000, 1.0, 0.0, 0.0, gpus=10)
+    assert 396 < free < 410
+    assert simulation.simulated([1] * 4_000, 0.01, 0.1, 0.0, gpus=10) == pytest.approx(400, abs=1)
+    assert simulation.simulated([10] * 400, 0.01, 0.1, 0.0, gpus=10) == pytest.approx(40, abs=1)
+    assert simulation.simulated([4_000], 1.0, 0.0, 0.0, gpus=10) > 3_000  # a block is one GPU's
+
+
+def test_costs_of_a_block_and_of_a_unit_are_told_apart():
+    driven = [
+        {"blocks": blocks, "units": units, "cpu": 0.004 * blocks + 0.0001 * units}
+        for blocks, units in ((1_000, 1_000), (5_000, 5_000), (24_000, 500_000))
+    ]
+    assert simulation._costs(driven) == pytest.approx((0.004, 0.0001))
+    assert simulation._costs(driven[:1]) == pytest.approx((0.0041, 0))

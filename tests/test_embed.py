@@ -1,12 +1,14 @@
 """The driver's part: pipelines that fail are begun again with what is missing."""
 
 import threading
+from pathlib import Path
 
 import pytest
 
 import bertray
 from bertray import audit, embed
 from bertray.errors import ClusterError
+from bertray.store import Store
 
 
 @pytest.fixture
@@ -78,3 +80,36 @@ def test_what_is_looked_after_meanwhile_can_stop_the_waiting():
             found.append(item)
     waiting.set()
     assert found == [1]
+
+
+def test_units_are_blocks_by_themselves_until_they_are_too_many():
+    assert [*embed._blocks(10_000, 1)] == [slice(i, i + 1) for i in range(10_000)]
+    cuts = [*embed._blocks(500_000, 1_000)]
+    assert [cut.start for cut in cuts] == [0, *(cut.stop for cut in cuts[:-1])]
+    assert cuts[-1].stop == 500_000
+    sizes = [cut.stop - cut.start for cut in cuts]
+    assert sizes == sorted(sizes, reverse=True)
+    assert (sizes[0], sizes[-1]) == (50, 1)
+    assert len(cuts) < 25_000
+
+
+def test_receipts_are_noted_for_those_who_go_on(spec, ray_cluster, monkeypatch):
+    monkeypatch.setattr(embed, "_NOTED", 8)
+    bertray.run(spec, until="embed")
+    (shards,) = Path(spec["output"]).glob("stores/*/shards")
+    store, keys = Store(str(shards.parent)), [shard.stem for shard in shards.iterdir()]
+    assert len([*(shards.parent / "receipts").iterdir()]) == 2
+    assert len(store._noted()) == 16
+    assert store.done(keys) == {receipt.unit: receipt for receipt in store.manifest().units}
+    min(shards.iterdir()).unlink()
+    (shards.parent / "manifest.json").unlink()
+    bertray.run(spec, until="embed")
+    assert audit.verify(spec["output"])["ok"]
+
+
+def test_several_units_a_block_give_the_same_store(spec, ray_cluster, monkeypatch, tmp_path):
+    monkeypatch.setattr(embed, "_BLOCKS", 6)
+    assert bertray.run(spec, until="embed")["rows"]["train"]["rows"] == 60
+    verified = audit.verify(spec["output"])
+    assert verified["ok"]
+    assert verified["stores"][0]["shards"] == 20

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import bytes_read
 
+from bertray import sources
 from bertray.errors import SourceError
 from bertray.formats import format_of
 from bertray.sources import Columns, Reader, from_hub, is_saved_dataset, stage, units
@@ -394,3 +395,16 @@ def test_a_unit_of_a_parquet_file_takes_no_more_than_its_groups(tmp_path):
     before = bytes_read()
     Reader(columns).read(unit)
     assert bytes_read() - before < path.stat().st_size / 4
+
+
+def test_a_few_series_of_units_beside_each_other_read_a_file_once_each(tmp_path, monkeypatch):
+    path, opened, real = tmp_path / "rows.csv", [], sources.open_rows
+    path.write_text("text\n" + "".join(f"row {i}\n" for i in range(90)))
+    cut, reader = units(Source(path=str(path)), Columns("text"), 3), Reader(Columns("text"))
+    monkeypatch.setattr(sources, "open_rows", lambda *given: opened.append(given) or real(*given))
+    for number in range(10):
+        for series in (0, 10, 20):
+            unit = cut[series + number]
+            texts = reader.read(unit).rows["text"].to_pylist()
+            assert texts == [f"row {i}" for i in range(unit.start, unit.stop)]
+    assert len(opened) == 3

@@ -1,4 +1,7 @@
 import json
+import os
+import time
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow as pa
@@ -143,3 +146,42 @@ def test_attempts_are_counted_by_run_and_in_all(tmp_path):
     store.end("u")
     assert store.attempts() == []
     assert store.begin("u", "b").lost == 0
+
+
+def test_receipts_that_are_noted_stand_for_the_shards_own(tmp_path, monkeypatch):
+    store, _ = filled(tmp_path)
+    expected = store.done(["u0", "u1", "u2"])
+    store.note([expected["u0"], expected["u1"]])
+    store.shard("u1").delete()
+    read, receipt = [], Store.receipt
+    monkeypatch.setattr(Store, "receipt", lambda store, unit: read.append(unit) or receipt(store, unit))
+    assert store.done(["u0", "u1", "u2"]) == {"u0": expected["u0"], "u2": expected["u2"]}
+    assert read == ["u2"]
+
+
+def test_a_shard_that_is_written_after_its_receipt_was_noted_tells_its_own(tmp_path):
+    store, _ = filled(tmp_path)
+    before = store.done(["u0", "u1"])
+    store.note(list(before.values()))
+    store.shard("u1").write(store.shard("u1").read()[:-9])
+    later = time.time() + 5
+    for unit, receipt in (("u0", replace(before["u0"], seconds=9.5)), ("u1", None)):
+        if receipt:
+            rows = pa.table({"id": ["x"] * 4, "text": ["t"] * 4, "label": ["a"] * 4})
+            before[unit] = store.write_shard(receipt, with_vectors(rows, np.zeros((4, 5))), NO_REJECTS)
+        os.utime(store.shard(unit).path, (later, later))
+    assert store.done(["u0", "u1"]) == {"u0": before["u0"]}
+    (note,) = (tmp_path / "receipts").iterdir()
+    note.write_text("{")
+    os.utime(note, (later, later))
+    assert store.done(["u0", "u1"]) == {"u0": before["u0"]}
+
+
+def test_the_manifest_is_plain_json_and_the_old_form_is_read(tmp_path):
+    store, manifest = filled(tmp_path)
+    store.finish(manifest)
+    file = tmp_path / "manifest.json"
+    assert json.loads(file.read_text()) == json.loads(json.dumps(asdict(manifest)))
+    assert len(file.read_text().splitlines()) < 20
+    file.write_text(json.dumps(asdict(manifest), indent=1))
+    assert store.manifest() == manifest

@@ -45,7 +45,7 @@ def job(model, store, names=(), run="run", **spec):
 
 def answers(encoder, cut, at_once):
     def call(unit):
-        (answer,) = encoder(pa.Table.from_pylist([{"split": "a", **asdict(unit)}])).to_pylist()
+        (answer,) = encoder(pa.Table.from_pylist([{"units": [{"split": "a", **asdict(unit)}]}])).to_pylist()
         return answer
 
     with ThreadPoolExecutor(at_once) as pool:
@@ -97,6 +97,14 @@ def test_a_unit_that_fails_leaves_no_shard_and_the_others_theirs(tiny, tmp_path,
         if number != 15:
             assert done[cut[number].key] == Receipt(**json.loads(answer["value"]))
     assert store.attempts() == []
+
+
+def test_a_block_of_units_ends_at_the_first_that_fails(tiny, tmp_path, cut):
+    store = Store(str(tmp_path / "store"))
+    block = {"units": [{"split": "a", **asdict(unit)} for unit in cut[13:18]]}
+    given = actor(tiny, store, ("0", "1"))(pa.Table.from_pylist([block])).to_pylist()
+    assert [answer["error"] for answer in given] == ["", "", "SourceError"]
+    assert set(store.done([unit.key for unit in cut])) == {unit.key for unit in cut[13:15]}
 
 
 def test_a_row_that_fails_is_set_aside_with_its_reason(tiny, tmp_path, cut):
