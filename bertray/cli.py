@@ -212,7 +212,9 @@ def _add_serve(commands: Any, common: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--cors", action="append", default=[], metavar="ORIGIN", help="of a site whose pages may call it"
     )
-    command.add_argument("--replicas", default="auto", help="encoder processes; as many as there is room for")
+    command.add_argument(
+        "--replicas", type=_replicas, default="auto", help="encoder processes; as many as there is room for"
+    )
     command.add_argument(
         "--limit",
         action="append",
@@ -222,6 +224,12 @@ def _add_serve(commands: Any, common: argparse.ArgumentParser) -> None:
         "cache (bytes of vectors)",
     )
     command.set_defaults(action=_serve)
+
+
+def _replicas(text: str) -> int | str:
+    if text != "auto" and not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"must be auto or a whole number of at least 1. Got {text!r} instead.")
+    return text if text == "auto" else int(text)
 
 
 def _add_explore(commands: Any, common: argparse.ArgumentParser) -> None:

@@ -3,7 +3,8 @@
 Two deployments. `Encoders` hold the frozen BERT, on whatever nodes and GPUs there are; Ray Serve watches them and
 brings them back. One `Gate` speaks HTTP, packs texts of many requests into batches for them, and applies the heads.
 A request to Ray costs milliseconds, so only batches travel through it; `bertray serve` runs the gate in its own
-process, without Ray's proxies before it, and `serve deploy` as a deployment behind them.
+process, without Ray's proxies before it, and calls encoders of its own machine by lines of its own; `serve deploy` runs
+it as a deployment behind Ray's proxies.
 """
 
 import asyncio
@@ -13,21 +14,25 @@ import re
 import signal
 import socket
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import orjson
 
 from bertray import bundle as bundles
+from bertray import lines
 from bertray.batcher import Batcher, Input, Lost, Read
 from bertray.cluster import connected, plan_workers
 from bertray.errors import BertrayError, ClusterError
 from bertray.explorer import OF_TEXTS, Explorer, plain
 from bertray.features import Feature, parse
+from bertray.lines import Line, Lines
 from bertray.monitor import Monitor
 from bertray.predict import checkpoint_of, encoder_spec
 from bertray.progress import log
@@ -40,6 +45,7 @@ _ENCODERS = "Encoders"
 _AT_ONCE = 2  # batches an encoder: while one is encoded, the next is tokenized
 _LOOK_SECONDS = 1.0  # between looks at how many encoders there are
 _READINGS = 16  # ways of reading that an encoder process remembers
+_FORGIVEN = 30  # looks at which a line may be missing
 _BACK_OFF = 0.2  # seconds, after an encoder was lost
 _MANY = 1 << 20
 _KEYS = "BERTRAY_API_KEYS"
@@ -71,11 +77,12 @@ class Settings:
 class Encoders:
     """A process that encodes: texts of a reading to their vectors."""
 
-    def __init__(self, encoder: Mapping[str, Any], device: str, threads: int) -> None:
+    def __init__(self, encoder: Mapping[str, Any], device: str, threads: int, folder: str = "") -> None:
         """Load the encoder.
 
         Args:
             encoder: that section of a bundle.
+            folder: of the gate's lines, if it is on the gate's machine.
 
         Raises:
             BundleError: this node has another checkpoint under its name.
@@ -90,6 +97,8 @@ class Encoders:
         self._explorer = Explorer(checkpoint)
         self._loading, self._exploring = threading.Lock(), ThreadPoolExecutor(1, "bertray-explore")
         self._broken = ""
+        if folder and Path(folder).is_dir():
+            lines.listen(Path(folder), self._encode)
 
     async def encode(self, reading: Reading, inputs: Sequence[Input]) -> tuple[Any, ...]:
         """Vectors, spans, tokens, whether cut (see `Encoded`) of inputs, and for each that failed the reason."""
@@ -136,7 +145,9 @@ class Encoders:
             raise RuntimeError(self._broken)
 
 
-def _encoders(encoder: Mapping[str, Any], replicas: int, device: str, threads: int, num_cpus: float) -> Any:
+def _encoders(
+    encoder: Mapping[str, Any], replicas: int, device: str, threads: int, num_cpus: float, folder: str = ""
+) -> Any:
     from ray import serve
 
     deployment = serve.deployment(
@@ -152,20 +163,23 @@ def _encoders(encoder: Mapping[str, Any], replicas: int, device: str, threads: i
             "runtime_env": {"env_vars": _QUICK},
         },
     )(Encoders)
-    return deployment.bind(dict(encoder), device, threads)
+    return deployment.bind(dict(encoder), device, threads, folder)
 
 
 class _Fleet:
     """The encoders of an application, as the gate sees them."""
 
-    def __init__(self, handle: Any, app: str) -> None:
+    def __init__(self, handle: Any, app: str, folder: str) -> None:
+        """folder: that encoders of this machine listen in; empty if none do."""
         self._handle, self._app = handle, app
+        self._lines = Lines(Path(folder), _AT_ONCE) if folder else None
+        self._elsewhere = _FORGIVEN  # looks in a row at which there were more encoders than lines lead to
         self.running = 0
         self._watching: asyncio.Task[None] | None = None
 
     def places(self) -> int:
         """How many batches they take at once. With none at all one waits there for the first to come back."""
-        return max(1, _AT_ONCE * self.running)
+        return max(1, _AT_ONCE * (self._lines.processes if self._lines and self._near else self.running))
 
     async def watch(self) -> None:
         """Look after how many there are, from now on."""
@@ -180,25 +194,43 @@ class _Fleet:
     async def _look(self) -> None:
         with suppress(Exception):  # the controller restarts, too
             self.running = await asyncio.to_thread(_running, self._app)
+            if self._lines:
+                await self._lines.look()
+                self._elsewhere = 0 if self._lines.processes >= self.running else self._elsewhere + 1
 
     async def encode(self, reading: Reading, inputs: Sequence[Input]) -> list[Read]:
         """As `batcher.Encode`."""
-        vectors, spans, tokens, truncated, failed = await self._asked(self._handle.encode, reading, list(inputs))
+        line = self._line()
+        try:
+            call = line.call if line else self._handle.encode.remote
+            vectors, spans, tokens, truncated, failed = await self._asked(call, reading, list(inputs))
+        finally:
+            if self._lines and line:
+                self._lines.give(line)
         return [
             Read(np.array(vectors[i]), spans[i], int(tokens[i]), bool(truncated[i]), failed.get(i, ""))
             for i in range(len(inputs))
         ]
 
+    @property
+    def _near(self) -> bool:
+        """Whether all encoders are on this machine. One that has ended counts for Ray Serve until it notices."""
+        return self._elsewhere < _FORGIVEN
+
+    def _line(self) -> Line | None:
+        """A line to an encoder, where all of them are near; else Ray Serve finds one."""
+        return self._lines.take() if self._lines and self._near else None
+
     async def explore(self, given: Input, show: Sequence[str], dims: int) -> bytes:
         """As `service.Explore`."""
-        found = await self._asked(self._handle.explore, given, list(show), dims)
+        found = await self._asked(self._handle.explore.remote, given, list(show), dims)
         if isinstance(found, Exception):
             raise found
         return bytes(found)
 
-    async def _asked(self, method: Any, *arguments: Any) -> Any:
+    async def _asked(self, call: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
         try:
-            return await method.remote(*arguments)
+            return await call(*arguments)
         except BertrayError as error:
             raise getattr(error, "cause", error) from None  # without Ray's account of where it happened
         except asyncio.CancelledError:
@@ -222,19 +254,22 @@ def _running(app: str) -> int:
 class Gate:
     """A service before the encoders of an application."""
 
-    def __init__(self, encoders: Any, app: str, encoder: Mapping[str, Any], settings: Settings) -> None:
+    def __init__(
+        self, encoders: Any, app: str, encoder: Mapping[str, Any], settings: Settings, folder: str = ""
+    ) -> None:
         """A gate without heads.
 
         Args:
             encoders: their handle.
             encoder: that section of a bundle.
+            folder: that encoders of this machine listen in.
         """
         self._encoder, self._settings = encoder, settings
-        self._fleet, self._monitor = _Fleet(encoders, app), Monitor()
+        self._fleet, self._monitor = _Fleet(encoders, app, folder), Monitor()
         limits = settings.limits
         batcher = Batcher(self._fleet.encode, self._fleet.places, self._monitor, limits.queue, limits.cache)
-        folder = Location(settings.heads) if settings.heads else None
-        self.service = Service(Registry(encoder), batcher, self._fleet.explore, limits, folder)
+        heads = Location(settings.heads) if settings.heads else None
+        self.service = Service(Registry(encoder), batcher, self._fleet.explore, limits, heads)
 
     async def open(self, heads: Mapping[str, str]) -> None:
         """Serve those heads, from now on."""
@@ -329,10 +364,10 @@ def read_keys(path: str) -> tuple[str, ...]:
     found = [key.strip() for key in os.environ.get(_KEYS, "").split(",")]
     if path:
         try:
-            lines = Location(path).read().decode().splitlines()
+            written = Location(path).read().decode().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise BertrayError(f"The file of keys {path} cannot be read: {error}.") from None
-        in_file = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+        in_file = [line.strip() for line in written if line.strip() and not line.strip().startswith("#")]
         if not in_file:
             raise BertrayError(f"The file of keys {path} holds none. Write one a line.")
         found += in_file
@@ -411,15 +446,16 @@ def _run(
     workers = plan_workers(sizes, _MANY)
     app = f"bertray-{settings.port}"  # others may serve on the same cluster
     serve.start(http_options={"location": "NoServer"})
-    encoders = _encoders(encoder, workers.count, workers.device, workers.threads, workers.num_cpus)
-    try:
-        handle = serve.run(encoders, name=app, route_prefix=None)
-    except BaseException as error:
-        asyncio.run(_stop(app))
-        if isinstance(error, Exception):
-            raise ClusterError(f"The encoder does not start: {' '.join(str(error).split())[:300]}") from None
-        raise
-    _serve(Gate(handle, app, encoder, settings), app, heads, settings, listening)
+    with TemporaryDirectory(prefix="bertray-", ignore_cleanup_errors=True) as folder:  # none but this user enters it
+        encoders = _encoders(encoder, workers.count, workers.device, workers.threads, workers.num_cpus, folder)
+        try:
+            handle = serve.run(encoders, name=app, route_prefix=None)
+        except BaseException as error:
+            asyncio.run(_stop(app))
+            if isinstance(error, Exception):
+                raise ClusterError(f"The encoder does not start: {' '.join(str(error).split())[:300]}") from None
+            raise
+        _serve(Gate(handle, app, encoder, settings, folder), app, heads, settings, listening)
 
 
 async def _stop(app: str) -> None:
@@ -430,6 +466,16 @@ async def _stop(app: str) -> None:
     await asyncio.to_thread(serve.delete, app)
     if not (await asyncio.to_thread(serve.status)).applications:
         await serve.shutdown_async()
+
+
+def _unheard(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Ray Serve asks encoders that have ended how busy they are, hundreds of times, and leaves it at the error."""
+    from ray.exceptions import RayError
+
+    if isinstance(context.get("exception"), RayError):
+        log.debug("serve: %s", context["exception"])
+    else:
+        loop.default_exception_handler(context)
 
 
 def _serve(gate: Gate, app: str, heads: Mapping[str, str], settings: Settings, listening: socket.socket) -> None:
@@ -453,6 +499,7 @@ def _serve(gate: Gate, app: str, heads: Mapping[str, str], settings: Settings, l
             self.interrupted |= sig == signal.SIGINT
 
     async def serving() -> bool:
+        asyncio.get_running_loop().set_exception_handler(_unheard)
         try:
             return await until_told()
         finally:

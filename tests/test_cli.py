@@ -99,7 +99,9 @@ def test_debug_shows_the_traceback():
     assert "SpecError" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], ["nothing"], ["run"], ["predict", "a", "b"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["nothing"], ["run"], ["predict", "a", "b"], ["serve", "x", "--replicas", "0"]]
+)
 def test_wrong_usage_is_exit_code_2_with_help(arguments):
     done = run(*arguments)
     assert done.returncode == 2

@@ -84,7 +84,7 @@ def exact(demo, tmp_path_factory):
     bundle = bundles.load(demo["bundle"])
     folder = tmp_path_factory.mktemp("exact")
     bundles.save(replace(bundle, encoder={**bundle.encoder, "precision": "fp32"}), str(folder / "head"))
-    with serving(f"mood={folder / 'head'}") as running:
+    with serving(f"mood={folder / 'head'}", "--replicas", "1") as running:
         running.bundle = str(folder / "head")
         yield running
 
