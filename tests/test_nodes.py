@@ -20,6 +20,7 @@ from pyarrow.fs import FileSelector
 from test_faults import WORDS, ended, wait_for
 
 import bertray as library
+from benchmarks import nodes
 from bertray import bundle
 from bertray.storage import Location
 from bertray.store import Store
@@ -272,3 +273,11 @@ def test_a_node_that_does_not_see_the_files_is_told_before_anything_is_encoded(c
     assert code == 2, errors
     assert re.search(rf"The node \S+ of the Ray cluster cannot be used: it does not see \S*/{kind}/", errors), errors
     assert "Traceback" not in errors and not list(tmp_path.rglob("*.parquet"))
+
+
+@long
+def test_the_benchmark_of_nodes_tells_efficiency_and_what_a_dead_node_costs(capsys):
+    nodes.main(["--rows", "6000", "--nodes", "1", "--rounds", "1"])
+    told = capsys.readouterr().out
+    assert re.search(r"\| 1 +\| +\d+ \(\d+ to \d+\) \| .* %", told)
+    assert re.search(r"\| a node killed, another added \| .* [1-9]\d* \|", told)
