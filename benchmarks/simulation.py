@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 
 from benchmarks import machine, results
 from bertray import audit, embed
+from bertray.clock import Stopwatch
 from bertray.sources import UNIT_ROWS, Columns, Unit, units
 from bertray.spec import Encoder, RaySizes, Source
 from bertray.splits import Split, plan_of
@@ -112,7 +113,8 @@ class Stub(UnitEncoder):
     """Writes a shard of one row for each unit, and says that it holds all."""
 
     def _loaded(self, attempt: Attempt, device: str, threads: int) -> Any:
-        return SimpleNamespace(steps=0)
+        backend = SimpleNamespace(busy=Stopwatch(), budget=0)
+        return SimpleNamespace(steps=0, tokenizing=Stopwatch(), backend=backend)
 
     def _encode(self, split: str, unit: Unit, attempt: Attempt) -> Receipt:
         if done := self.job.stores[split].receipt(unit.key):
