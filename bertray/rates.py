@@ -16,9 +16,7 @@ from typing import Any
 
 from bertray.errors import BertrayError
 
-_ALIKE = (
-    2.0  # lengths that differ by less have one measured rate, and encoders that do less work reach as much of a GPU
-)
+_ALIKE = 2.0  # lengths that differ by less have one rate; encoders of less work reach as much of a GPU
 
 
 @dataclass(frozen=True)

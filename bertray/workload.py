@@ -32,8 +32,8 @@ _LABELS = 1000  # different ones of a sample: more are no names that receipts co
 _UNIT = "rows.parquet-0000000000-0123456789ab"  # as long as any
 _BACKEND = "int16 by bertray's kernels for AVX-512 VNNI"
 # Requests to an object store, as a worker makes them: for each unit, for each file it opens, for each piece of a file.
-_READS_A_UNIT, _WRITES_A_UNIT, _READS_A_FILE = 6, 7, 4
-_UPLOAD_BYTES = 10 << 20
+_READS_A_UNIT, _WRITES_A_UNIT, _READS_A_FILE = 6, 3, 4
+_UPLOAD_BYTES = 10 << 20  # more go up in parts, which takes two requests more
 _DOWNLOAD_BYTES = {"csv": 16 << 20, "tsv": 16 << 20, "parquet": 64 << 20, "arrow": 64 << 20}
 _LINE_BYTES = 1 << 20  # of all other formats
 _KINDS = ("encoding", "tokenizing", "rows", "store", "requests")  # of work that goes on side by side
@@ -196,7 +196,8 @@ class Work:
             found, shard = part.survey, part.stored / max(1, part.survey.units)
             if remote:
                 reads += (_READS_A_UNIT - 1) * found.units
-                writes += found.units * (_WRITES_A_UNIT + math.ceil(shard / _UPLOAD_BYTES))
+                pieces = math.ceil(shard / _UPLOAD_BYTES)
+                writes += found.units * (_WRITES_A_UNIT + pieces + (2 if pieces > 1 else 0))
             if found.remote:
                 piece = _DOWNLOAD_BYTES.get(found.format, _LINE_BYTES)
                 read = found.read_bytes(self.devices.workers)

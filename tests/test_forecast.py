@@ -179,7 +179,7 @@ def test_requests_are_those_that_a_worker_makes(tmp_path, tiny, s3, monkeypatch)
     )
     monkeypatch.setattr(server.DomainDispatcherApplication, "__call__", counted)
     for unit in split.units:
-        (answered,) = worker(pa.Table.from_pylist([{"split": "train", **vars(unit)}])).to_pylist()
+        (answered,) = worker(pa.Table.from_pylist([{"units": [{"split": "train", **vars(unit)}]}])).to_pylist()
         assert not answered["error"], answered
     reads = sum(method in ("GET", "HEAD") for method in asked)
     assert found["requests"]["reads"] == pytest.approx(reads, rel=0.1)
