@@ -98,7 +98,8 @@ class Encoders:
         self._loading, self._exploring = threading.Lock(), ThreadPoolExecutor(1, "bertray-explore")
         self._broken = ""
         if folder and Path(folder).is_dir():
-            lines.listen(Path(folder), self._encode)
+            with suppress(OSError):  # its path is longer than a socket's may be: then Ray Serve's calls do
+                lines.listen(Path(folder), self._encode)
 
     async def encode(self, reading: Reading, inputs: Sequence[Input]) -> tuple[Any, ...]:
         """Vectors, spans, tokens, whether cut (see `Encoded`) of inputs, and for each that failed the reason."""
