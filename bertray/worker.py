@@ -274,7 +274,9 @@ def _share() -> float:
     """Of its GPU that this process holds; 1 of none."""
     import ray
 
-    held = ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0) if ray.is_initialized() else 1.0
+    if not ray.is_initialized() or (context := ray.get_runtime_context()).get_actor_id() is None:
+        return 1.0
+    held = context.get_assigned_resources().get("GPU", 1.0)
     return 1 / round(1 / held) if 0 < held < 1 else 1.0
 
 

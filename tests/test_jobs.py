@@ -126,7 +126,9 @@ def metrics_of(cluster, run):
 
 def test_a_job_is_seen_by_prometheus_and_in_the_dashboard(cluster, rows_file, tmp_path):
     words = "the cat sat on the mat and looked at the rain " * 10
-    rows = [{"text": f"{i} {words}" if i % 50 else None, "label": "x"} for i in range(1_500)]
+    rows = [
+        {"text": f"{i} {words}" if i % 50 else None, "label": "x"} for i in range(4_500)
+    ]  # enough for it to be looked at
     files = {"train": rows_file(rows), "test": rows_file(rows[:150], "test.jsonl")}
     spec = {"data": {**files, "unit_rows": 30}, "encoder": {"model": MINILM, "pooling": "mean"}}
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec | {"output": str(tmp_path / "seen")}))
@@ -146,7 +148,8 @@ def test_a_job_is_seen_by_prometheus_and_in_the_dashboard(cluster, rows_file, tm
         [RAY, "list", "actors", "--address", cluster["RAY_API_SERVER_ADDRESS"], "--format", "json"],
         env=cluster, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    (actor, *_) = (actor for actor in json.loads(listed.stdout) if "UnitEncoder" in actor["class_name"])
+    actors = [actor for actor in json.loads(listed.stdout) if "UnitEncoder" in actor["class_name"]]
+    (actor, *_) = (actor for actor in actors if actor["state"] == "ALIVE")  # others are of jobs before
     token = (Path(cluster["HOME"]) / ".ray" / "auth_token").read_text().strip()
     address = f"{cluster['RAY_API_SERVER_ADDRESS']}/api/data/datasets/{actor['job_id']}"
     request = urllib.request.Request(address, headers={"Authorization": f"Bearer {token}"})
@@ -160,7 +163,7 @@ def test_a_job_is_seen_by_prometheus_and_in_the_dashboard(cluster, rows_file, tm
     for split, name in (("train", "train-*"), ("test", "test-*")):
         (folder,) = (tmp_path / "seen" / "stores").glob(name)
         counts = Store(str(folder)).complete().counts
-        assert counts["rejected"] == (30 if split == "train" else 3)
+        assert counts["rejected"] == (90 if split == "train" else 3)
         expected = {"rows": counts["rows"], "tokens": counts["tokens"], "rejects": counts["rejected"]}
 
         def shown(split=split, names=tuple(expected)):
