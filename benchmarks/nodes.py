@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     jobs: dict[str, list[dict[str, Any]]] = {"undisturbed": [], "a node killed, another added": []}
     with tempfile.TemporaryDirectory(prefix="bertray-nodes-") as folder:
         rows = Path(folder) / "rows.jsonl"
-        lines = [json.dumps({"id": str(i), "text": text}) for i, text in enumerate(texts.tweets(options.rows))]
+        lines = [
+            json.dumps({"id": str(i), "text": text, "label": "no"}) for i, text in enumerate(texts.tweets(options.rows))
+        ]
         rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
         for number in range(options.rounds):
             print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
