@@ -40,7 +40,6 @@ bench: $(VENV)/bench.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.job --write
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.scale --write
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.simulation --write
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.nodes --write
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.serve --soak 10 --write
 
 chaos: $(VENV)/test.stamp
