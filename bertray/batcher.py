@@ -118,20 +118,26 @@ class _Waiting:
 
 
 class Cache:
-    """What was read lately, up to a number of bytes."""
+    """What was read lately, up to a number of bytes.
+
+    Kept as plain tuples of plain values, which Python's collector of garbage leaves alone: it would look through all
+    else that is kept again and again, and hold up every request meanwhile.
+    """
 
     def __init__(self, size: int) -> None:
         """size: bytes; 0 keeps nothing."""
         self.size, self.held = size, 0
-        self._reads: OrderedDict[tuple[Any, Input], tuple[Read, int]] = OrderedDict()
+        self._kinds: dict[Any, int] = {}
+        self._reads: OrderedDict[tuple[Any, ...], tuple[Any, ...]] = OrderedDict()
 
     def get(self, key: tuple[Any, Input]) -> Read | None:
         """What a text was read as, if it is kept."""
-        found = self._reads.get(key)
+        plain = self._plain(key)
+        found = self._reads.get(plain)
         if found is None:
             return None
-        self._reads.move_to_end(key)
-        return found[0]
+        self._reads.move_to_end(plain)
+        return Read(*found[1:])
 
     def put(self, key: tuple[Any, Input], read: Read) -> None:
         """Keep what a text was read as; what was asked for longest ago goes."""
@@ -139,10 +145,15 @@ class Cache:
         size += 0 if read.spans is None else read.spans.nbytes
         if size > self.size // 8:
             return
-        self.held += size - self._reads.pop(key, (read, 0))[1]
-        self._reads[key] = read, size
+        plain = self._plain(key)
+        self.held += size - self._reads.pop(plain, (0,))[0]
+        self._reads[plain] = size, read.vectors, read.spans, read.tokens, read.truncated, read.reason
         while self.held > self.size:
-            self.held -= self._reads.popitem(last=False)[1][1]
+            self.held -= self._reads.popitem(last=False)[1][0]
+
+    def _plain(self, key: tuple[Any, Input]) -> tuple[Any, ...]:
+        kind, given = key
+        return self._kinds.setdefault(kind, len(self._kinds)), given.text, given.pair
 
 
 class _Ratio:

@@ -1,6 +1,7 @@
 """How texts of many requests become batches, with a made-up encoder in one event loop."""
 
 import asyncio
+import gc
 import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -358,13 +359,33 @@ def test_the_cache_is_bounded_by_bytes():
     assert kept == [0, *range(100 - len(kept) + 1, 100)]
     assert 18 < len(kept) < 25
     cache.put((A, Input("0")), reads[1])  # again
-    assert cache.get((A, Input("0"))) is reads[1]
+    assert cache.get((A, Input("0"))).vectors is reads[1].vectors
     before = cache.held
     cache.put((A, Input("1")), Read(np.zeros(10_000, np.float32), None, 5, False))  # too large by itself
     assert cache.held == before
     cache.put((A, Input("2" * 3_000)), reads[2])  # what a text takes counts, too
     assert cache.held > before - 5_000
     assert cache.held <= 100_000
+
+
+def test_what_is_kept_is_nothing_that_the_collector_of_garbage_looks_through():
+    """It held up requests by 50 ms and more, every other second, with 20,000 texts in the cache."""
+    cache = Cache(100_000_000)
+    gc.collect()
+    before = len(gc.get_objects())
+    for n in range(1_000):
+        cache.put((A, Input(f"{n}", "a pair")), Read(np.zeros(384, np.float32), np.zeros((3, 2), np.int64), 5, False))
+    gc.collect()
+    assert len(gc.get_objects()) < before + 100
+    assert cache.get((A, Input("7", "a pair"))).spans.shape == (3, 2)
+
+
+def test_a_cache_tells_kinds_and_pairs_apart():
+    cache, inputs = Cache(100_000), [(A, Input("x")), (B, Input("x")), (A, Input("x", "")), (A, Input("x", "y"))]
+    for n, key in enumerate(inputs):
+        cache.put(key, Read(np.full(2, n, np.float32), None, n, n > 1, ""))
+    assert [cache.get(key).tokens for key in inputs] == [0, 1, 2, 3]
+    assert cache.get((B, Input("x", "y"))) is None
 
 
 def test_a_cache_of_nothing_keeps_nothing():
