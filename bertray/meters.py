@@ -6,34 +6,12 @@ A node shows them at its metrics port: `ray_bertray_rows_total`, `ray_bertray_to
 and device), each with Ray's own tags of node and process.
 """
 
-import re
 import time
 from collections.abc import Mapping
 
+from bertray.rates import peak
+
 _LEAST_SECONDS = 5.0  # that a share is taken over, but for the first
-# Dense bf16 operations a second, by words of the device's name as torch tells it: NVIDIA's data sheets.
-_PEAKS = {
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "A100": 312e12,
-    "A30": 165e12,
-    "A10": 125e12,
-    "A10G": 70e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-}
-
-
-def peak(device: str) -> float:
-    """Dense bf16 operations a second of a device of that name, such as NVIDIA H100 80GB HBM3; 0 where not known."""
-    words = set(re.split(r"[\s-]+", device))
-    fitting = [name for name in _PEAKS if set(name.split()) <= words]
-    return _PEAKS[max(fitting, key=len)] if fitting else 0.0
 
 
 class Meters:
@@ -64,7 +42,10 @@ class Meters:
             for name, text in (
                 ("token_budget", "tokens of a pack that goes through the layers at once"),
                 ("idle_share", "share of the time in which nothing was encoded"),
-                *([("mfu", "operations of the layers, as a share of the device's dense bf16 peak")] * bool(self._peak)),
+                *(
+                    [("mfu", "operations of the layers, as a share of the device's dense 16-bit peak")]
+                    * bool(self._peak)
+                ),
             )
         }
 

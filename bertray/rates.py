@@ -8,6 +8,7 @@ data sheets tell them, without sparsity: in 16 bits and in fp32.
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -61,6 +62,13 @@ def table() -> dict[str, Any]:
 def gpus() -> list[str]:
     """The names of the GPUs that are known."""
     return list(table()["peaks"])
+
+
+def peak(device: str) -> float:
+    """Dense 16-bit operations a second of a GPU that torch calls so (NVIDIA H100 80GB HBM3, say); 0 if not known."""
+    words = set(re.split(r"[\s-]+", device.lower()))
+    fitting = [name for name in gpus() if set(name.split("-")) <= words]
+    return float(table()["peaks"][max(fitting, key=len)]["half"]) * 1e12 if fitting else 0.0
 
 
 def check_gpu(name: str) -> None:

@@ -4,7 +4,7 @@ import pytest
 from conftest import ROOT
 
 from bertray.errors import BertrayError
-from bertray.rates import Shape, gpus, rate, table
+from bertray.rates import Shape, gpus, peak, rate, table
 
 MINILM = Shape(6, 384, 1536)
 BASE = Shape(12, 768, 3072)
@@ -70,3 +70,24 @@ def test_a_gpu_without_a_row_is_scaled_by_its_peak():
 def test_what_a_device_has_not_is_said():
     with pytest.raises(BertrayError, match=r"encoder.precision int8 cannot be had on a GPU"):
         rate("l4", 4, "int8", BASE, 50)
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("Tesla T4", 65),
+        ("Tesla V100-SXM2-16GB", 0),
+        ("", 0),
+    ],
+)
+def test_peaks_by_the_names_of_devices(name, teraflops):
+    assert peak(name) == teraflops * 1e12
