@@ -139,18 +139,22 @@ def _loop(options: argparse.Namespace) -> dict[str, float]:
     return {"seconds": (time.perf_counter() - started) * _EPOCHS / epochs}
 
 
-def _bare(options: argparse.Namespace) -> dict[str, float]:
-    """The engine over all texts at once; its model is loaded."""
+def bare(source: str, threads: int, pooling: str = "pooler") -> float:
+    """Seconds of the engine over all texts at once; its model is loaded."""
     from bertray.checkpoints import find
     from bertray.encoder import Encoder
     from bertray.spec import Encoder as EncoderSpec
 
-    lines = Path(options.source).read_text(encoding="utf-8").split("\n")
+    lines = Path(source).read_text(encoding="utf-8").split("\n")
     rows = [json.loads(line)["text"] for line in lines if line]
-    encoder = Encoder(find(MODEL), EncoderSpec(model=MODEL), threads=machine.cores())
+    encoder = Encoder(find(MODEL), EncoderSpec(model=MODEL, pooling=pooling), threads=threads)
     started = time.perf_counter()
     encoder.encode(rows)
-    return {"seconds": time.perf_counter() - started}
+    return time.perf_counter() - started
+
+
+def _bare(options: argparse.Namespace) -> dict[str, float]:
+    return {"seconds": bare(options.source, machine.cores())}
 
 
 def _stored(options: argparse.Namespace) -> dict[str, float]:

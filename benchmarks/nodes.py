@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, results, texts
+from benchmarks.job import MODEL, bare
 
-MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+POOLING = "mean"
 _NODES = (1, 2, 4)
 _UNIT = 500
 _LIMIT = 600.0  # seconds of one job
@@ -31,9 +32,9 @@ _LIMIT = 600.0  # seconds of one job
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     if options.bare:
-        print(json.dumps(_bare(options.bare, options.threads)))
+        print(json.dumps(bare(options.bare, options.threads, POOLING)))
         return
-    bare: dict[int, list[float]] = {n: [] for n in options.nodes}
+    alone: dict[int, list[float]] = {n: [] for n in options.nodes}
     rates: dict[int, list[float]] = {n: [] for n in options.nodes}
     jobs: dict[str, list[dict[str, Any]]] = {"undisturbed": [], "a node killed, another added": []}
     with tempfile.TemporaryDirectory(prefix="bertray-nodes-") as folder:
@@ -45,11 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for number in range(options.rounds):
             print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
             for nodes in options.nodes:
-                bare[nodes].append(options.rows / _asked(rows, min(nodes, machine.cores())))
+                alone[nodes].append(options.rows / _asked(rows, min(nodes, machine.cores())))
                 rates[nodes].append(options.rows / _job(rows, Path(folder) / "run", nodes)["embed"])
             for name, found in jobs.items():
                 found.append(_job(rows, Path(folder) / "run", 2, disturbed=name != "undisturbed"))
-    markdown = report(bare, rates, jobs, options)
+    markdown = report(alone, rates, jobs, options)
     print(markdown)
     if options.write:
         results.write("nodes", markdown)
@@ -72,20 +73,6 @@ def _asked(rows: Path, threads: int) -> float:
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
-def _bare(rows: str, threads: int) -> float:
-    """Seconds of the engine over all texts at once; its model is loaded."""
-    from bertray.checkpoints import find
-    from bertray.encoder import Encoder
-    from bertray.spec import Encoder as EncoderSpec
-
-    lines = Path(rows).read_text(encoding="utf-8").split("\n")
-    found = [json.loads(line)["text"] for line in lines if line]
-    encoder = Encoder(find(MODEL), EncoderSpec(model=MODEL, pooling="mean"), threads=threads)
-    started = time.perf_counter()
-    encoder.encode(found)
-    return time.perf_counter() - started
-
-
 def _job(rows: Path, run: Path, nodes: int, disturbed: bool = False) -> dict[str, Any]:
     """One job on a cluster of its own.
 
@@ -101,7 +88,7 @@ def _job(rows: Path, run: Path, nodes: int, disturbed: bool = False) -> dict[str
         spec = run.with_suffix(".json")
         sizes = {"address": cluster.address, "workers": nodes, "cpus_per_worker": 1, "patience": 30}
         data = {"train": str(rows), "id": "id", "unit_rows": _UNIT}
-        encoder = {"model": MODEL, "pooling": "mean"}
+        encoder = {"model": MODEL, "pooling": POOLING}
         spec.write_text(json.dumps({"data": data, "encoder": encoder, "output": str(run), "ray": sizes}))
         command = [sys.executable, "-m", "bertray.cli", "embed", str(spec), "--json"]
         started = time.perf_counter()
@@ -141,7 +128,7 @@ def _kill(cluster: Any, node: Any, run: Path) -> None:
 
 
 def report(
-    bare: dict[int, list[float]],
+    alone: dict[int, list[float]],
     rates: dict[int, list[float]],
     jobs: dict[str, list[dict[str, Any]]],
     options: argparse.Namespace,
@@ -151,8 +138,8 @@ def report(
         {
             "nodes": str(nodes),
             "rows/s": _spread(rates[nodes]),
-            "the bare engine on as many cores": _spread(bare[nodes]),
-            "efficiency": f"{100 * statistics.median(rates[nodes]) / statistics.median(bare[nodes]):.0f} %",
+            "the bare engine on as many cores": _spread(alone[nodes]),
+            "efficiency": f"{100 * statistics.median(rates[nodes]) / statistics.median(alone[nodes]):.0f} %",
         }
         for nodes in rates
     ]
@@ -170,7 +157,7 @@ def report(
         [
             "## Nodes",
             "",
-            f"{options.rows:,} tweets in units of {_UNIT}, {MODEL}, mean. Each node has one CPU and one encoder "
+            f"{options.rows:,} tweets in units of {_UNIT}, {MODEL}, {POOLING}. Each node has one CPU and one encoder "
             f"process of one thread; all are on one machine of {machine.cores()} cores. Medians of {options.rounds} "
             "rounds, in brackets the least and the most.",
             "",

@@ -156,10 +156,18 @@ class Encoders:
 
 
 def _encoders(
-    encoder: Mapping[str, Any], replicas: int, device: str, threads: int, num_cpus: float, folder: str = ""
+    encoder: Mapping[str, Any],
+    replicas: int,
+    device: str,
+    threads: int,
+    num_cpus: float,
+    folder: str = "",
+    environment: Mapping[str, Any] | None = None,
 ) -> Any:
+    """Their deployment. environment: Ray's runtime environment, without which they have that of who started Serve."""
     from ray import serve
 
+    environment = environment or {}
     deployment = serve.deployment(
         name=_ENCODERS,
         num_replicas=replicas,
@@ -170,7 +178,7 @@ def _encoders(
         ray_actor_options={
             "num_cpus": num_cpus,
             "num_gpus": 1.0 if device == "cuda" else 0.0,
-            "runtime_env": {"env_vars": _QUICK},
+            "runtime_env": {**environment, "env_vars": {**environment.get("env_vars", {}), **_QUICK}},
         },
     )(Encoders)
     return deployment.bind(dict(encoder), device, threads, folder)
@@ -450,6 +458,7 @@ def _terminated(signum: int, frame: Any) -> None:
 def _run(
     heads: Mapping[str, str], encoder: Mapping[str, Any], settings: Settings, sizes: RaySizes, listening: socket.socket
 ) -> None:
+    import ray
     from ray import serve
 
     for name in ("ray.serve", "ray"):
@@ -458,7 +467,10 @@ def _run(
     app = f"bertray-{settings.port}"  # others may serve on the same cluster
     serve.start(http_options={"location": "NoServer"})
     with TemporaryDirectory(prefix="bertray-", ignore_cleanup_errors=True) as folder:  # none but this user enters it
-        encoders = _encoders(encoder, workers.count, workers.device, workers.threads, workers.num_cpus, folder)
+        environment = ray.get_runtime_context().runtime_env.to_dict()  # the packages that a job brings along
+        encoders = _encoders(
+            encoder, workers.count, workers.device, workers.threads, workers.num_cpus, folder, environment
+        )
         try:
             handle = serve.run(encoders, name=app, route_prefix=None)
         except BaseException as error:

@@ -18,9 +18,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import pytest
+from machines import HEAD
 
 import bertray
 
+ON_MACHINES = "BERTRAY_MACHINES" in os.environ  # in a network that machines.isolated made
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -190,16 +192,16 @@ def service(demo, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def s3():
-    """A real S3 server on loopback, with a bucket `box`."""
+    """A real S3 server on loopback, or where machines reach it, with a bucket `box`."""
     import boto3
     from moto.server import ThreadedMotoServer
 
-    port = free_port()
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    host, port = HEAD if ON_MACHINES else "127.0.0.1", free_port()
+    server = ThreadedMotoServer(ip_address=host, port=port, verbose=False)
     server.start()
     settings = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (settings | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}).items():
+        for name, value in (settings | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}).items():
             patch.setenv(name, value)
         boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).create_bucket(Bucket="box")
         yield "s3://box"

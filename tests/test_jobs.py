@@ -207,6 +207,44 @@ def test_a_service_is_deployed_and_its_heads_are_swapped_by_its_config(cluster, 
     wait_until(lambda: served() == ["mood", "second"], 60)
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/heads/second/predict", body, timeout=60) as answer:
         assert json.load(answer)["predictions"][0]["label"] == "positive"
+    config["applications"] = []
+    deploy()
+    wait_until(lambda: not titled_everywhere("ServeReplica:bertray:"), 60)
+
+
+def test_a_job_that_serves_gives_its_environment_to_its_encoders_and_ends_when_it_is_stopped(cluster, demo):
+    """Also where Ray Serve was started by another job, as here by the one before."""
+    port, told = free_port(), lambda: job(cluster, "logs", "serving")
+    environment = json.dumps({"env_vars": {"BROUGHT_ALONG": "yes"}})
+    options = ["--no-wait", "--submission-id", "serving", "--runtime-env-json", environment]
+    command = ("jobs/serve.py", f"mood={demo['bundle']}", "--port", port, "--replicas", 1)
+    done = submit(cluster, *command, options=options)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    def asked(path="ready", body=None):
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", body, timeout=30) as got,
+        ):
+            return json.load(got)
+
+    wait_until(lambda: asked() is not None, 120, told)
+    assert asked("predict", b'{"inputs": "this is great news!"}')[0]["label"] == "positive"
+    (encoder,) = titled_everywhere(f"ServeReplica:bertray-{port}:")
+    assert b"BROUGHT_ALONG=yes" in Path(f"/proc/{encoder}/environ").read_bytes()
+    job(cluster, "stop", "serving")
+    wait_until(lambda: not titled_everywhere(f"ServeReplica:bertray-{port}:"), 60, told)
+    assert asked() is None
+
+
+def titled_everywhere(mark):
+    """The processes of this machine whose title has a mark in it."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+    return found
 
 
 @pytest.fixture(scope="module")

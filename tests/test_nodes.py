@@ -11,11 +11,13 @@ import threading
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
+import machines
 import numpy as np
 import pytest
 from chaos import ENVIRONMENT, bertray
-from conftest import MINILM, demo_rows, serving
+from conftest import MINILM, ON_MACHINES, demo_rows, serving
 from pyarrow.fs import FileSelector
 from test_faults import WORDS, ended, wait_for
 
@@ -45,12 +47,13 @@ cluster.shutdown()
 
 @pytest.fixture
 def cluster(s3, monkeypatch):
-    """A cluster on this machine whose head runs nothing: a function that adds a node of one CPU (`add`) or kills the
-    first one (`kill`), and gives the address and the nodes."""
+    """A cluster whose head runs nothing, by Ray's own utility or of machines: a function that adds a node of one CPU
+    (`add`) or kills the first one (`kill`), and gives the address and the nodes."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
         monkeypatch.setitem(ENVIRONMENT, name, os.environ[name])
+    program = [machines.__file__] if ON_MACHINES else ["-c", CLUSTER]
     process = subprocess.Popen(
-        [sys.executable, "-c", CLUSTER], env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, *program], env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
     def order(word):
@@ -106,7 +109,8 @@ def whole_job(s3, tmp_path, count, **sizes):
 def kill(cluster, pids):
     cluster("kill")
     for pid in pids:  # as a machine takes its processes along
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def check_undisturbed(found, tmp_path):
@@ -129,6 +133,16 @@ def test_a_node_dies_and_another_comes_and_every_row_is_there_once(cluster, s3, 
     assert code == 0, errors
     assert json.loads(output)["faults"]["units_begun_again"] >= 1
     check_undisturbed(vectors_in(run), tmp_path)
+
+
+@pytest.mark.skipif(not machines.allowed(), reason="only root may make networks")
+def test_the_same_with_nodes_of_separate_addresses():
+    """In networks of their own; what listens on loopback is out of reach."""
+    name = f"{__file__}::{test_a_node_dies_and_another_comes_and_every_row_is_there_once.__name__}"
+    command = machines.isolated(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", name)
+    done = subprocess.run(command, env=ENVIRONMENT | {"BERTRAY_MACHINES": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "1 passed" in done.stdout
 
 
 @long
