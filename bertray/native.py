@@ -147,7 +147,7 @@ def _library() -> tuple[Any, str]:
 def _build(compiler: str, source: Path, built: Path) -> None:
     """Other processes may build the same at the same time: the last to end replaces a file that is equal."""
     partial = built.with_name(f"{built.name}.{os.getpid()}.{threading.get_ident()}")
-    command = [compiler, *_COMPILER_FLAGS, "-shared", "-fPIC", str(source), "-o", str(partial)]
+    command = [compiler, *_COMPILER_FLAGS, "-shared", "-fPIC", str(source), "-o", str(partial), "-lm"]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=_BUILD_SECONDS)
         partial.replace(built)
