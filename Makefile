@@ -39,6 +39,7 @@ bench: $(VENV)/bench.stamp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.engine --device cpu --write
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.job --write
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.scale --write
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.nodes --write
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.simulation --write
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.serve --soak 10 --write
 

@@ -69,9 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     markdown = report(options, model, measured, work, rates)
     print(markdown)
     if options.write:
-        image = results.RESULTS.with_name(f"engine-{options.device}.png")
+        section = "-".join(["engine", *machine.chip(options.device).lower().split()])  # those of others stay
+        image = results.RESULTS.with_name(f"{section}.png")
         plot(measured, work, model, image)
-        results.write(f"engine-{options.device}", f"{markdown}\n\n![texts a second]({image.name})")
+        results.write(section, f"{markdown}\n\n![texts a second]({image.name})")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -211,7 +212,7 @@ def report(
     """All of it in Markdown: the machine, a table for each set of texts, and what had to be shown."""
     facts = machine.describe() | {"matrix products by torch, 10^12 operations/s": _rates(rates)}
     parts = [
-        f"## Engine on {options.device}",
+        f"## Engine on {machine.chip(options.device)}",
         f"{model}; mean pooling; at most 512 tokens a text; {options.threads} CPU threads; medians of {options.rounds} "
         "rounds in turn, with the slowest and the fastest in brackets. A share is that of the rate at which torch "
         "multiplies matrices in the same precision here. Cosines are to fp32, one text at a time.",

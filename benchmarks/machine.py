@@ -35,6 +35,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def chip(device: str) -> str:
+    """What computes, without what makers decorate its name with: AMD EPYC, Intel Xeon, NVIDIA H200."""
+    import torch
+
+    name = torch.cuda.get_device_name() if device == "cuda" else _processor()[0]
+    return " ".join(re.sub(r"\((R|TM)\)|\bCPU\b|Processor|@.*", " ", name).split())
+
+
 def describe() -> dict[str, str]:
     """What to tell with every figure: processor, GPU, system, versions and the day."""
     import torch

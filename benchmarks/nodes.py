@@ -159,7 +159,7 @@ def report(
             "",
             f"{options.rows:,} tweets in units of {_UNIT}, {MODEL}, {POOLING}. Each node has one CPU and one encoder "
             f"process of one thread; all are on one machine of {machine.cores()} cores. Medians of {options.rounds} "
-            "rounds, in brackets the least and the most.",
+            "round(s), in brackets the least and the most.",
             "",
             results.table(lines),
             "",

@@ -89,6 +89,19 @@ def test_only_one_contestant_runs_at_a_time(tiny):
         contestant.close()
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("Intel(R) Xeon(R) Processor", "Intel Xeon"),
+        ("Intel(R) Core(TM) i7-8550U CPU @ 1.80GHz", "Intel Core i7-8550U"),
+        ("AMD EPYC 9B45 128-Core Processor", "AMD EPYC 9B45 128-Core"),
+    ],
+)
+def test_chips_without_decoration(monkeypatch, name, told):
+    monkeypatch.setattr(machine, "_processor", lambda: (name, set()))
+    assert machine.chip("cpu") == told
+
+
 def test_sections_are_replaced_alone(tmp_path):
     path = tmp_path / "RESULTS.md"
     for section, markdown in (("one", "first"), ("two", r"a \1 b"), ("one", "again\n")):
