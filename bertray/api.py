@@ -48,6 +48,7 @@ def application(
     is_ready: Callable[[], bool],
     keys: Sequence[str] = (),
     origins: Sequence[str] = (),
+    hosts: Sequence[str] = (),
 ) -> ASGIApp:
     """The ASGI application of a service.
 
@@ -56,6 +57,7 @@ def application(
         is_ready: whether there is an encoder to answer with.
         keys: one of which every request has to carry, if there are any.
         origins: of other sites whose pages may call it.
+        hosts: the names that it may be called by; any, if there are none.
     """
     app = FastAPI(
         title="bertray",
@@ -69,7 +71,7 @@ def application(
     api.add_routes(app)
     tell_errors(app)
     schemas.describe(app, bool(keys))
-    door: ASGIApp = Door(app, monitor, keys, origins)
+    door: ASGIApp = Door(app, monitor, keys, origins, hosts)
     if origins:
         door = CORSMiddleware(door, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
     return door

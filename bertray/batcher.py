@@ -8,6 +8,7 @@ that batches grow with the load, and without load nothing waits.
 """
 
 import asyncio
+import contextvars
 import heapq
 import itertools
 import time
@@ -53,6 +54,8 @@ class Kind(Protocol, Hashable):
 
     @property
     def max_length(self) -> int: ...
+    @property
+    def truncation(self) -> str: ...
 
 
 class Input(NamedTuple):
@@ -195,6 +198,7 @@ class Batcher:
         self._numbers = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
         self._woken = False
+        self._alone = False  # whether a batch is encoded that others must not suffer from
         self._finished = 0.0
         self._speed = _Ratio(50.0, 0.01, 0.1)  # tokens a second
         self._density = _Ratio(30.0, 100.0, 0.02)  # tokens a character
@@ -255,7 +259,8 @@ class Batcher:
         self._wake()
 
     def _estimated(self, kind: Kind, given: Input) -> float:
-        return min(kind.max_length, _size(given) * self._density.value + _SPECIAL)
+        tokens = _size(given) * self._density.value + _SPECIAL
+        return tokens if kind.truncation == "window" else min(kind.max_length, tokens)
 
     def _push(self, waiting: _Waiting, due: float) -> None:
         kind, given = waiting.key
@@ -268,29 +273,37 @@ class Batcher:
         """Look for work once all that arrived in this turn of the loop is in its queue."""
         if not self._woken:
             self._woken = True
-            asyncio.get_running_loop().call_soon(self._start)
+            # Not in the context of the request that happens to wake it: Ray Serve would end with that request what is
+            # asked of an encoder for others.
+            asyncio.get_running_loop().call_soon(self._start, context=contextvars.Context())
 
     def _start(self) -> None:
         self._woken = False
-        while len(self._tasks) < self._places() and (batch := self._batch()):
+        while not self._alone and len(self._tasks) < self._places() and (batch := self._batch()):
+            self._alone = batch[0].tries > 1
             task = asyncio.get_running_loop().create_task(self._run(batch))
             self._tasks.add(task)
             task.add_done_callback(self._ended)
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
+        self._alone = False
         self._wake()
 
     def _batch(self) -> list[_Waiting]:
-        """The texts that are due first, of one kind; none if nothing waits."""
-        budget = min(max(self._speed.value * _SECONDS, _LEAST), _MOST)
+        """The texts that are due first, of one kind; none if nothing waits, or must wait until no other is encoded."""
+        # The speed is that of all encoders together, each of which takes two batches: one waits while one is encoded.
+        share = max(1.0, self._places() / 2)
+        budget = min(max(self._speed.value * _SECONDS / share, _LEAST), _MOST)
         while self._queues:
             key = min(self._queues, key=lambda key: self._queues[key][0])
             queue, tokens = self._queues[key], 0.0
+            if self._tasks and queue[0][2].tries > 1:
+                return []  # what two encoders ended over goes alone
             batch: list[_Waiting] = []
             while queue and (not batch or tokens + queue[0][2].tokens <= budget):
                 if batch and (batch[0].tries > 1 or queue[0][2].tries > 1):
-                    break  # what two encoders ended over goes alone
+                    break
                 waiting = self._pop(queue)
                 if waiting.wanted:
                     batch.append(waiting)

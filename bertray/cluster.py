@@ -150,8 +150,11 @@ def _quiet() -> Iterator[None]:
         del os.environ["RAY_BACKEND_LOG_LEVEL"]
 
 
-def plan_workers(sizes: RaySizes, units: int) -> Workers:
+def plan_workers(sizes: RaySizes, units: int, fewer: bool = False) -> Workers:
     """The encoder processes that the spec asks for, or that fit what the cluster has free.
+
+    Args:
+        fewer: whether there may be fewer than the spec asks for, as when nodes have gone.
 
     Raises:
         ClusterError: the cluster has not what the spec asks for.
@@ -172,7 +175,8 @@ def plan_workers(sizes: RaySizes, units: int) -> Workers:
     threads = _threads(sizes, [(cpu, gpu * sharing) for cpu, gpu in hosts] if device == "cuda" else hosts, device, free)
     # A worker has to fit a node. For each, what has more room than CPUs is bounded by GPUs, if it takes any.
     room = sum(min(cpu // threads, gpu * sharing) if device == "cuda" else cpu // threads for cpu, gpu in hosts)
-    count = int(sizes.workers) if sizes.workers != "auto" else room
+    asked = int(sizes.workers) if sizes.workers != "auto" else room
+    count = min(asked, room) if fewer else asked
     if sizes.workers == "auto" and device == "cpu":
         count = min(room, max(1, int(free.get("CPU", 0)) // threads))  # others may be at work there
     if not 0 < count <= room:
@@ -190,7 +194,7 @@ def plan_workers(sizes: RaySizes, units: int) -> Workers:
         # Less than whole CPUs, so that whatever else runs there finds a place beside the actors.
         0.9 * threads,
         math.floor(1e4 / sharing) / 1e4 if device == "cuda" else 0.0,  # Ray counts in ten thousandths
-        None if sizes.workers == "auto" and not solo.alone() else count,
+        None if sizes.workers == "auto" and not solo.alone() else max(count, min(asked, max(1, units))),
     )
     for resource, need in (("CPU", workers.num_cpus), ("GPU", workers.num_gpus)):
         if need > free.get(resource, 0):

@@ -4,6 +4,7 @@ is asked."""
 import hashlib
 import hmac
 import math
+import re
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -108,8 +109,11 @@ def _refused(error: Exception) -> Refused:
 class Door:
     """What every request passes: who may come in, what is counted, and that an error is told in a line."""
 
-    def __init__(self, app: ASGIApp, monitor: Monitor, keys: Sequence[str], origins: Sequence[str]) -> None:
-        self._app, self._monitor, self._origins = app, monitor, {*origins}
+    def __init__(
+        self, app: ASGIApp, monitor: Monitor, keys: Sequence[str], origins: Sequence[str], hosts: Sequence[str] = ()
+    ) -> None:
+        """hosts: the names that it may be called by; any, if there are none."""
+        self._app, self._monitor, self._origins, self._hosts = app, monitor, {*origins}, {*hosts}
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -141,6 +145,9 @@ class Door:
 
     def _check(self, scope: Scope, path: str) -> None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"] if name in _LOOKED_AT}
+        host = re.sub(r":\d*$", "", headers.get(b"host", "")).strip("[]").lower()
+        if self._hosts and host and host not in self._hosts:  # a name that a site has pointed at this machine
+            raise Refused(403, f"This service is for {', '.join(sorted(self._hosts))}. For other names give it --keys.")
         if scope["method"] not in ("GET", "HEAD") and self._is_foreign(headers):
             raise Refused(403, "Pages of other sites may not call this service. Allow them with --cors ORIGIN.")
         if not self._keys or (path in schemas.OPEN and scope["method"] == "GET") or path.startswith("/static/"):

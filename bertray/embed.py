@@ -142,11 +142,11 @@ def _until_done(
     from ray.data.exceptions import SystemException
     from ray.exceptions import RayError
 
-    missing, failures = {(name, unit.key): (name, unit) for name, unit in todo}, 0
+    missing, failures, fewer = {(name, unit.key): (name, unit) for name, unit in todo}, 0, False
     while missing:
         before, line = len(missing), "units are missing."
         try:
-            for name, receipt in _receipts(list(missing.values()), job, sizes, ready):
+            for name, receipt in _receipts(list(missing.values()), job, sizes, ready, fewer):
                 if missing.pop((name, receipt.unit), None):
                     yield name, receipt
         except (RayError, SystemException) as error:
@@ -162,15 +162,15 @@ def _until_done(
             )
         if missing:
             log.warning("embedding: begun again with %d units that are missing: %s", len(missing), line)
-            sizes = sizes.model_copy(update={"workers": "auto"})  # as many as there is room for now
+            fewer = True  # than asked for, where there is no more room for those
 
 
 def _receipts(
-    todo: list[tuple[str, Unit]], job: Job, sizes: RaySizes, ready: Callable[[float], None]
+    todo: list[tuple[str, Unit]], job: Job, sizes: RaySizes, ready: Callable[[float], None], fewer: bool
 ) -> Iterator[tuple[str, Receipt]]:
     """Receipts of units, in the order they are done, from one pipeline."""
     started, first = time.time(), True
-    workers = plan_workers(sizes, len(todo))
+    workers = plan_workers(sizes, len(todo), fewer)
     log.info(
         "embedding: %d units on %d %s worker(s) of %d thread(s)",
         len(todo),

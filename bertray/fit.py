@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from bertray import ood
-from bertray.errors import ClusterError
+from bertray.errors import BertrayError, ClusterError
 from bertray.heads import LinearHead
 from bertray.ood import Familiar
 from bertray.progress import Progress, log
@@ -30,6 +30,7 @@ from bertray.storage import Location
 RECIPE = 3  # raised when a change of code gives another bundle for the same settings
 _POLL_SECONDS = 0.5
 _CHECKPOINT_SECONDS = 10.0
+_PATIENCE = 600  # seconds without a node to fit on
 _FAILURES = 3  # of Ray Train's workers that are made good
 _TAKEN = 4_096  # rows at once
 Tell = Callable[[int, float], None]
@@ -97,15 +98,18 @@ def _fit_here(config: dict[str, Any], tell: Tell) -> Fitted:
 
 def _fit_on(workers: int, config: dict[str, Any], tell: Tell, folder: Location | None) -> Fitted:
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     cpus, gpus = (ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU"))
     if workers > cpus:
         raise ClusterError(f"ray.fit_workers must be at most the cluster's CPUs ({cpus:g}). Got {workers} instead.")
     # Train polls its workers at this interval, and waits for a poll at the end.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    board = ray.remote(num_cpus=0)(Board).remote()
+    # Here: where it costs nothing Ray puts it on any node, which may go.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     config = {**config, "board": board}
     log.info("fitting on %d workers", workers)
     with _checkpoint_folder(folder) as kept:
@@ -127,13 +131,31 @@ def _fit_on(workers: int, config: dict[str, Any], tell: Tell, folder: Location |
         pool = ThreadPoolExecutor(1)
         running = pool.submit(trainer.fit)
         pool.shutdown(wait=False)  # Ctrl-C must not wait for it
-        ended = False
+        ended, seen = False, time.monotonic()
         while not ended:
             time.sleep(_POLL_SECONDS)
             ended = running.done()
             for step, loss in ray.get(board.take.remote()):
                 tell(step, loss)
-        return running.result().return_value
+            if ray.cluster_resources().get("CPU"):
+                seen = time.monotonic()
+            elif time.monotonic() - seen > _PATIENCE:  # Ray Train waits for ever
+                raise ClusterError(f"No node to fit on is left, for {_PATIENCE} s. The same command goes on from here.")
+        try:
+            return running.result().return_value
+        except TrainingFailedError as error:
+            raise _cause(error) from None
+
+
+def _cause(error: Exception) -> BertrayError:
+    """In a line, what ended a fit: what a user can mend if there is such a thing among what the workers raised."""
+    failures = getattr(error, "worker_failures", {}).values()
+    causes = [getattr(failure, "_base_exc", failure) for failure in failures]  # Ray Train wraps it, with a traceback
+    if told := next((cause for cause in causes if isinstance(cause, BertrayError)), None):
+        return told
+    cause = next(iter(causes), error)
+    line = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+    return ClusterError(f"Fitting has failed {_FAILURES + 1} times: {line}. The same command goes on from here.")
 
 
 @contextmanager

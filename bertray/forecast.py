@@ -114,8 +114,17 @@ def _devices(spec: Spec, gpus: int, gpu: str, cpus: int, measure: bool) -> Devic
     wanted = 0 if sizes.cpus_per_worker == "auto" else int(sizes.cpus_per_worker)
     if not gpus and not gpu:
         cpus = cpus or _cores()
-        threads = min(cpus, wanted or _THREADS)
-        return Devices("cpu", cpus, cpus // threads if sizes.workers == "auto" else int(sizes.workers), threads)
+        if sizes.workers == "auto":
+            threads = min(cpus, wanted or _THREADS)
+            return Devices("cpu", cpus, cpus // threads, threads)
+        workers = int(sizes.workers)
+        threads = wanted or max(1, min(_THREADS, cpus // workers))
+        if workers * threads > cpus:
+            raise BertrayError(
+                f"ray.workers {workers} of {threads} CPUs each are more than {cpus} CPUs. "
+                "Lower ray.workers or ray.cpus_per_worker."
+            )
+        return Devices("cpu", cpus, workers, threads)
     if gpu or not measure:
         check_gpu(gpu)
     if sizes.device == "cpu":

@@ -48,6 +48,11 @@ class Lengths:
         return float(self.encoded.sum()) / max(1, self.rows - self.aside)
 
     @property
+    def whole(self) -> float:
+        """Tokens that are tokenized for each that goes through the encoder."""
+        return float(self.full.sum()) / max(1.0, float(self.encoded.sum()))
+
+    @property
     def attended(self) -> float:
         """Tokens that a token attends to, in the mean: those of its text, or of its window."""
         parts = np.maximum(1, -(-self.encoded // self.limit))

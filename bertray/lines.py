@@ -11,6 +11,7 @@ import pickle
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +20,7 @@ from typing import Any
 
 _SIZE = struct.Struct("!Q")  # before each message: how many bytes it has
 _BUFFER = 1 << 20
+_PAUSE = 0.1  # seconds
 
 
 def listen(folder: Path, function: Callable[..., Any]) -> None:
@@ -31,7 +33,11 @@ def listen(folder: Path, function: Callable[..., Any]) -> None:
 
     def accept() -> None:
         while True:
-            line, _ = listening.accept()
+            try:
+                line, _ = listening.accept()
+            except OSError:  # too many files are open, for now
+                time.sleep(_PAUSE)
+                continue
             threading.Thread(target=_answer, args=(line, function), name="bertray-line", daemon=True).start()
 
     threading.Thread(target=accept, name="bertray-lines", daemon=True).start()
@@ -105,14 +111,13 @@ class Lines:
         return len({line.name for line in (*self._free, *self._busy) if not line.closed})
 
     async def look(self) -> None:
-        """Connect to the processes that are new."""
-        self._free = [line for line in self._free if not line.closed]
-        known = {line.name for line in (*self._free, *self._busy) if not line.closed}
+        """Connect to the processes that are new, and again where a line has gone."""
+        self._drop()
+        there = Counter(line.name for line in (*self._free, *self._busy) if not line.closed)
         for path in self._folder.glob("*.sock"):
-            if path.stem in known:
-                continue
+            missing = range(self._each - there[path.stem])
             try:
-                opened = [await asyncio.open_unix_connection(str(path), limit=_BUFFER) for _ in range(self._each)]
+                opened = [await asyncio.open_unix_connection(str(path), limit=_BUFFER) for _ in missing]
             except ConnectionRefusedError:  # nobody listens there any more
                 path.unlink(missing_ok=True)
                 continue
@@ -120,7 +125,7 @@ class Lines:
 
     def take(self) -> Line | None:
         """A line that is free, to the process with the fewest calls; None if there is none."""
-        self._free = [line for line in self._free if not line.closed]
+        self._drop()
         if not self._free:
             return None
         calls = Counter(line.name for line in self._busy)
@@ -128,6 +133,12 @@ class Lines:
         self._free.remove(line)
         self._busy.add(line)
         return line
+
+    def _drop(self) -> None:
+        for line in self._free:
+            if line.closed:
+                line.close()
+        self._free = [line for line in self._free if not line.closed]
 
     def give(self, line: Line) -> None:
         """A line that was taken is free again."""

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from bertray.rates import peak
 
 _LEAST_SECONDS = 5.0  # that a share is taken over, but for the first
+_MOST_SECONDS = 300.0  # that a unit may take, which counts when it is done, before nothing is taken for idle
 
 
 class Meters:
@@ -66,6 +67,8 @@ class Meters:
         """
         now, (then, encoded, done) = time.perf_counter(), self._seen
         if not self._shown or now < self._due:
+            return
+        if (encoding, operations) == (encoded, done) and now - then < _MOST_SECONDS:
             return
         self._seen, self._due = (now, encoding, operations), now + _LEAST_SECONDS
         busy = min(1.0, max(0.0, (encoding - encoded) / (now - then)))

@@ -106,9 +106,11 @@ DEFINE_TILES(tiles_i8, tile_i8)
 
 typedef int (*Tiles)(const char *, long, const char *, long, int, float *);
 
+/* Below, constants come first in min and max, which give the second of two where one is NaN: it must not get lost. */
+
 /* exp, to 2 units in the last place: Cephes' polynomial after x = n ln 2 + r. */
 INLINE __m512 exp_ps(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
@@ -146,7 +148,7 @@ __attribute__((constructor)) static void set_tail(void) {
     }
 }
 
-/* x Phi(x): max(x, 0) less the tail at |x|; NaN of NaN, by the order in min and max. */
+/* x Phi(x): max(x, 0) less the tail at |x|. */
 INLINE __m512 gelu_ps(__m512 x) {
     const __m512 round = _mm512_set1_ps(0x1.8p23f); /* added, it leaves the nearest integer in the lowest bits */
     const __m512 u = _mm512_mul_ps(_mm512_min_ps(_mm512_set1_ps(31 * PIECE), _mm512_abs_ps(x)), _mm512_set1_ps(1 / PIECE));
@@ -160,7 +162,7 @@ INLINE __m512 gelu_ps(__m512 x) {
 
 /* 1 - 2 / (exp(2x) + 1) */
 INLINE __m512 tanh_ps(__m512 x) {
-    const __m512 e = exp_ps(_mm512_min_ps(_mm512_add_ps(x, x), _mm512_set1_ps(60.0f)));
+    const __m512 e = exp_ps(_mm512_min_ps(_mm512_set1_ps(60.0f), _mm512_add_ps(x, x)));
     return _mm512_sub_ps(_mm512_set1_ps(1.0f), _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(e, _mm512_set1_ps(1.0f))));
 }
 
@@ -169,8 +171,10 @@ static const char *quantize(int precision, const float *x, long rows, int width,
     if (precision == F32) return (const char *)x;
     for (long r = 0; r < rows; r++, x += width) {
         __m512 low = _mm512_loadu_ps(x), high = low;
+        __mmask16 numbers = _mm512_cmp_ps_mask(low, low, _CMP_ORD_Q);
         for (int i = 16; i < width; i += 16) {
             const __m512 v = _mm512_loadu_ps(x + i);
+            numbers &= _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
             low = _mm512_min_ps(low, v), high = _mm512_max_ps(high, v);
         }
         float least = _mm512_reduce_min_ps(low), most = _mm512_reduce_max_ps(high);
@@ -196,6 +200,7 @@ static const char *quantize(int precision, const float *x, long rows, int width,
             }
             scale[r] = size, zero[r] = (float)_mm512_cvtsi512_si32(shift);
         }
+        if (numbers != 0xffff) scale[r] = NAN;
     }
     return out;
 }
@@ -227,7 +232,7 @@ static void linear(int precision, const Linear *l, const float *x, long rows, fl
                                          : _mm512_fmadd_ps(v, _mm512_mul_ps(by[half], _mm512_set1_ps(scale[start + r])), bias[half]);
                     if (activation == GELU) v = gelu_ps(v);
                     if (activation == TANH) v = tanh_ps(v);
-                    if (activation == RELU) v = _mm512_max_ps(v, _mm512_setzero_ps());
+                    if (activation == RELU) v = _mm512_max_ps(_mm512_setzero_ps(), v);
                     _mm512_storeu_ps(place + half * 16, v);
                 }
             }
@@ -353,7 +358,8 @@ static void pool(const float *hidden, long n, int width, int pooling, float *out
         __m512 v = _mm512_loadu_ps(hidden + j);
         for (long i = 1; i < n; i++) {
             const __m512 next = _mm512_loadu_ps(hidden + i * width + j);
-            v = pooling == MEAN ? _mm512_add_ps(v, next) : _mm512_max_ps(v, next);
+            v = pooling == MEAN ? _mm512_add_ps(v, next)
+                                : _mm512_mask_max_ps(v, _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v, next);
         }
         _mm512_storeu_ps(out + j, pooling == MEAN ? _mm512_mul_ps(v, by) : v);
     }

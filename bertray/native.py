@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from bertray.cache import home
 from bertray.clock import Stopwatch
 from bertray.features import Feature
+from bertray.progress import log
 from bertray.tokens import Tokens
 
 PRECISIONS = ("fp32", "int16", "int8")  # in the order of native.c's numbers
@@ -98,7 +99,14 @@ def why_not(model: Any) -> str:
         return f"its widths are no multiples of {_COLUMNS}"
     if config.hidden_size // config.num_attention_heads % 16:
         return "the width of its heads is no multiple of 16"
-    return _library()[1]
+    if reason := _library()[1]:
+        _warn(reason)
+    return reason
+
+
+@cache
+def _warn(reason: str) -> None:  # once
+    log.warning("encoder: bertray's kernels, about twice as fast as torch here, cannot be used: %s", reason)
 
 
 def first_position(model: Any) -> int:

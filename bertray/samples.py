@@ -5,9 +5,10 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from bertray.vectors import edges_of, spans_of, vectors_of
 if TYPE_CHECKING:
     import torch
 
+_GROUPS = Path("/sys/fs/cgroup")  # Linux's control groups, of version 2 and 1: limit, and what is used
+_CONTAINER = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 KINDS = {"name": "softmax", "names": "sigmoid", "number": "squared", "tokens": "softmax", "answers": "span"}
 
 
@@ -411,9 +414,20 @@ def _room(memory: int | str, world: int) -> int:
     """Bytes of vectors that this process may hold; workers may share a node."""
     if memory != "auto":
         return int(memory) << 20
+    return _free() // 2 // world
+
+
+def _free() -> int:
+    """Bytes of memory that are free, to the machine and to the container that this may be."""
     try:
         with open("/proc/meminfo") as lines:
             free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return free // 2 // world
+    for limit, used in _CONTAINER:
+        with suppress(OSError, ValueError, StopIteration):  # no such control groups, or no limit
+            most, now = (int((_GROUPS / name).read_text()) for name in (limit, used))
+            stat = (_GROUPS / used).with_name("memory.stat").read_text().splitlines()
+            cached = next(int(line.split()[1]) for line in stat if line.split()[0].endswith("inactive_file"))
+            free = min(free, max(0, most - now + cached))
+    return free

@@ -10,6 +10,7 @@ it as a deployment behind Ray's proxies.
 import asyncio
 import gc
 import logging
+import math
 import os
 import re
 import signal
@@ -50,6 +51,7 @@ _FORGIVEN = 30  # looks at which a line may be missing
 _BACK_OFF = 0.2  # seconds, after an encoder was lost
 _MANY = 1 << 20
 _KEYS = "BERTRAY_API_KEYS"
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # Ray Serve without threads of its own, and without a write to its log, between the gate and an encoder: a sixth of a
 # lone text's time. Its gRPC would save as much again, but tries for ever what an encoder ended over.
 _QUICK = {
@@ -104,7 +106,6 @@ class Encoders:
         self._readings: dict[Reading, Any] = {}
         self._explorer = Explorer(checkpoint)
         self._loading, self._exploring = threading.Lock(), ThreadPoolExecutor(1, "bertray-explore")
-        self._broken = ""
         if folder and Path(folder).is_dir():
             with suppress(OSError):  # its path is longer than a socket's may be: then Ray Serve's calls do
                 lines.listen(Path(folder), self._encode)
@@ -119,13 +120,15 @@ class Encoders:
         pairs = None if inputs[0].pair is None else [given.pair or "" for given in inputs]
         try:
             found, failed = encoder.encode_rows([given.text for given in inputs], pairs)
-        except Exception as error:  # what is no text's fault
-            self._broken = f"{type(error).__name__}: {error}"
-            raise
+        except Exception:  # what is no text's fault: Ray Serve starts another process, and the texts go there
+            log.exception("serve: an encoder is broken, and ends")
+            os._exit(1)
         return found.vectors, found.spans, found.tokens, found.truncated, failed
 
     def _reading(self, reading: Reading) -> Any:
-        with self._loading:
+        if found := self._readings.get(reading):
+            return found
+        with self._loading:  # others are read with meanwhile
             if reading not in self._readings:
                 spec = self._spec.model_copy(
                     update={name: getattr(reading, name) for name in ("max_length", "truncation", "overlap")}
@@ -148,11 +151,6 @@ class Encoders:
             return orjson.dumps(plain(self._explorer.look(given.text, given.pair, sections, dims)))
         except Exception as error:
             return error
-
-    def check_health(self) -> None:
-        """Asked by Ray Serve, which replaces what is not well."""
-        if self._broken:
-            raise RuntimeError(self._broken)
 
 
 def _encoders(
@@ -226,8 +224,8 @@ class _Fleet:
             if self._lines and line:
                 self._lines.give(line)
         return [
-            Read(np.array(vectors[i]), spans[i], int(tokens[i]), bool(truncated[i]), failed.get(i, ""))
-            for i in range(len(inputs))
+            Read(np.array(vector), span if span is None else np.array(span), int(count), bool(cut), failed.get(i, ""))
+            for i, (vector, span, count, cut) in enumerate(zip(vectors, spans, tokens, truncated, strict=True))
         ]
 
     @property
@@ -252,7 +250,9 @@ class _Fleet:
         except BertrayError as error:
             raise getattr(error, "cause", error) from None  # without Ray's account of where it happened
         except asyncio.CancelledError:
-            raise
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
+            raise Lost("cancelled") from None  # by Ray Serve, which cancels what an encoder has not begun
         except Exception as error:
             log.warning("serve: an encoder was lost: %s", " ".join(str(error).split())[:200])
             await asyncio.sleep(_BACK_OFF)
@@ -292,22 +292,26 @@ class Gate:
     async def open(self, heads: Mapping[str, str]) -> None:
         """Serve those heads, from now on."""
         await self._fleet.watch()
+        while not self._fleet.running:  # they may have packages to install and a model to fetch
+            await asyncio.sleep(_LOOK_SECONDS)
         await self.service.replace(heads)
         _keep()
 
-    def asgi(self) -> Any:
-        """What speaks HTTP."""
+    def asgi(self, local: bool = False) -> Any:
+        """What speaks HTTP. local: on this machine alone, and without keys by no other name: a site may have its own
+        name lead here, and then be taken for a page of the service."""
         from bertray.api import application
 
         told = {name: self._encoder[name] for name in ("model", "revision", "precision")}
         told["fingerprint"] = self._encoder["identity"]["weights"][:16]
         keys, origins = read_keys(self._settings.keys), self._settings.origins
-        return application(self.service, self._monitor, told, lambda: self._fleet.running > 0, keys, origins)
+        hosts = _LOOPBACK if local and not keys else ()
+        return application(self.service, self._monitor, told, lambda: self._fleet.running > 0, keys, origins, hosts)
 
 
 class DeployedGate:
     """The gate as a deployment behind Ray Serve's proxies. Its heads are those of the config's `user_config`; others
-    that are put live as long as its process."""
+    that are put live until its next config, or the end of its process."""
 
     async def __init__(  # type: ignore[misc]
         self, encoders: Any, encoder: Mapping[str, Any], heads: Mapping[str, str], settings: Settings
@@ -405,9 +409,9 @@ def limits_of(given: Mapping[str, Any]) -> Limits:
             raise BertrayError(f"There is no limit {name!r}. There are {', '.join(known)}.")
         try:
             known[name] = type(known[name])(value)
-        except ValueError:
+        except (TypeError, ValueError):
             raise BertrayError(f"The limit {name} must be a number. Got {value!r} instead.") from None
-        if known[name] < 0 or (known[name] < 1 and type(known[name]) is int and name != "cache"):
+        if not 0 <= known[name] < math.inf or (known[name] < 1 and type(known[name]) is int and name != "cache"):
             raise BertrayError(f"The limit {name} must be at least 1. Got {value} instead.")
     return Limits(**known)
 
@@ -445,7 +449,7 @@ def run(heads: Mapping[str, str], settings: Settings, sizes: RaySizes) -> None:
     os.environ.update(_QUICK)  # read when Ray Serve is imported
     encoder = _shared(heads)  # what is wrong shows before Ray starts
     keys = read_keys(settings.keys)
-    if settings.host not in ("127.0.0.1", "::1", "localhost") and not keys:
+    if settings.host not in _LOOPBACK and not keys:
         log.warning("Anyone who reaches %s may use this: there are no keys (--keys FILE).", settings.host)
     with _listening(settings.host, settings.port) as listening, connected(sizes):
         _run(heads, encoder, settings, sizes, listening)
@@ -531,7 +535,7 @@ def _serve(gate: Gate, app: str, heads: Mapping[str, str], settings: Settings, l
     async def until_told() -> bool:
         await gate.open(heads)
         config = uvicorn.Config(
-            gate.asgi(),
+            gate.asgi(local=settings.host in _LOOPBACK),
             log_config=None,
             access_log=False,
             server_header=False,

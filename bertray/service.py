@@ -318,7 +318,7 @@ class Service:
         if self.folder is None:
             raise BertrayError("Heads cannot be put here: bertray serve was started without --heads FOLDER.")
         parts = path.split("/")
-        if not path or path.startswith(("/", "~")) or "\\" in path or "\0" in path or {"..", ""} & {*parts}:
+        if not path or path.startswith(("/", "~")) or {*"\\\0?#%"} & {*path} or {"..", ""} & {*parts}:
             raise BertrayError("bundle must be a path below the folder of --heads, such as mood/head.")
         place = self.folder / path
         if place.local and not Path(place.path).resolve().is_relative_to(Path(self.folder.path).resolve()):

@@ -182,7 +182,8 @@ def _parts(
         if own > 0:
             ranges = sum(start < own for start, _ in cut(look.rows, look.groups, file.size, unit_rows))
             count = len(look.groups) if file.url in looks else round(file.size * blocks)
-            parts.append((file.size, ranges, max(1, min(ranges, count))))
+            used = math.ceil(file.size * own / max(1, look.rows))
+            parts.append((used, ranges, max(1, min(ranges, count))))
             rows += own
     return rows, tuple(parts)
 

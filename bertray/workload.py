@@ -171,11 +171,15 @@ class Work:
         self.read = sum(part.survey.read_bytes(workers) for part in parts)
         self.written = sum(part.stored for part in parts)
         self.requests = self._requests(not Location(spec.output).local)
-        self.speed = max(1, self.tokens) / sum(max(1, part.tokens) / part.lengths.speed for part in parts)
+        whole = [
+            max(1.0, part.tokens * part.lengths.whole) for part in parts
+        ]  # texts are tokenized before they are cut
+        self.tokenized = round(sum(whole))
+        self.speed = self.tokenized / sum(n / part.lengths.speed for n, part in zip(whole, parts, strict=True))
         limits = table()["requests"]
         kinds = {
             "encoding": self.tokens / found.tokens_per_second / workers,
-            "tokenizing": self.tokens / self.speed / workers,
+            "tokenizing": self.tokenized / self.speed / workers,
             "rows": self.rows / table()["rows"]["per_second"] / workers,
             "store": (self.read + self.written) / (bandwidth * 1e6 * workers),
             "requests": max(self.requests[name] / limits[name] for name in ("reads", "writes")),
@@ -211,7 +215,7 @@ class Work:
         rows, limits = known["rows"], known["requests"]
         yield f"start {seconds['start']:.1f} s: {known['start']['where']}"
         yield f"encoding {_terms(seconds['encoding'], self.tokens, self.rate.tokens_per_second)} tokens {each}"
-        yield f"tokenizing {_terms(seconds['tokenizing'], self.tokens, self.speed)} tokens {each}: measured here"
+        yield f"tokenizing {_terms(seconds['tokenizing'], self.tokenized, self.speed)} tokens {each}: measured here"
         yield f"rows {_terms(seconds['rows'], self.rows, rows['per_second'])} rows {each}: {rows['where']}"
         moved = f"({size(self.read)} read + {size(self.written)} written) / {self.bandwidth:g} MB/s"
         yield f"store {seconds['store']:,.1f} s = {moved} {each}: bandwidth as given or assumed"

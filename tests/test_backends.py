@@ -220,13 +220,17 @@ def test_another_processor_gets_torch(small, monkeypatch):
         backends.choose(small, "int8", MEAN, "cpu")
 
 
-def test_without_a_compiler_torch_is_used(small, monkeypatch, afresh):
+def test_without_a_compiler_torch_is_used(small, monkeypatch, afresh, caplog):
     if "no avx512" in native.why_not(small):
         pytest.skip(native.why_not(small))
     native._library.cache_clear()
+    native._warn.cache_clear()
     monkeypatch.setenv("PATH", "")
     assert native.why_not(small) == "there is no C compiler (cc)"
     assert isinstance(backends.choose(small, "auto", MEAN, "cpu"), TorchBackend)
+    assert [record.message for record in caplog.records if "kernels" in record.message] == [
+        "encoder: bertray's kernels, about twice as fast as torch here, cannot be used: there is no C compiler (cc)"
+    ]
 
 
 def test_a_compiler_that_fails_says_so(small, monkeypatch, afresh, tmp_path):
@@ -259,3 +263,21 @@ def test_attention_without_lengths_is_an_error():
     empty = torch.zeros(1, 2, 3, 4)
     with pytest.raises(CheckpointError, match="does not hand the texts' lengths"):
         backends._attention(torch.nn.Identity(), empty, empty, empty, None)
+
+
+@pytest.mark.skipif(bool(native._CPU_FLAGS - native.cpu_flags()), reason="this processor has no AVX-512 VNNI")
+@pytest.mark.parametrize("precision", native.PRECISIONS)
+@pytest.mark.parametrize("pooling", get_args(Pooling))
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_what_is_no_number_stays_none(precision, pooling, activation):
+    """A damaged checkpoint must not give vectors that look whole."""
+    kind, config = families()["bert"]
+    config.hidden_act = activation
+    model = kind(config).eval().requires_grad_(False)
+    model.embeddings.word_embeddings.weight[7] = float("nan")
+    tokens = tokens_of([20, 20])
+    tokens.ids[:] = 9
+    tokens.ids[0] = 7  # of the first text's first token
+    damaged, whole = native.NativeBackend(model, precision, [Feature(pooling, 2)], 1).start(tokens)()
+    assert np.isnan(damaged).all()
+    assert np.isfinite(whole).all()

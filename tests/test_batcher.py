@@ -1,6 +1,7 @@
 """How texts of many requests become batches, with a made-up encoder in one event loop."""
 
 import asyncio
+import contextvars
 import gc
 import time
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.timeout(30)
 class Kind(NamedTuple):
     name: str
     max_length: int = 512
+    truncation: str = "right"
 
 
 A, B = Kind("a"), Kind("b")
@@ -163,6 +165,30 @@ async def test_a_batch_holds_so_many_tokens():
     bench.batches.clear()
     await bench.ask(*texts)
     assert [len(batch) for _, batch in bench.batches] == [40]
+
+
+@scenario
+async def test_batches_of_several_encoders_take_no_longer_than_those_of_one():
+    """The speed is that of all together."""
+    bench = Bench(places=8).steady(100_000)  # 3,000 tokens in 0.03 s, 750 of them in each of four encoders
+    held = await bench.held()
+    rest = [bench.ask(f"{n} " + "x" * 989) for n in range(20)]  # 200 tokens each
+    await until(lambda: len(bench.batches) >= 6)
+    bench.go.set()
+    await asyncio.gather(held, *rest)
+    assert max(len(texts) for _, texts in bench.batches) == 3
+
+
+@scenario
+async def test_all_windows_of_a_text_count():
+    bench = Bench().steady(100_000)
+    held = await bench.held()
+    cut, whole = Kind("cut"), Kind("whole", truncation="window")
+    requests = [bench.ask("x" * 100_000, kind=kind) for kind in (cut, whole)]
+    await asyncio.sleep(0)
+    assert bench.batcher._tokens == pytest.approx(512 + 20_002)
+    bench.go.set()
+    await asyncio.gather(held, *requests)
 
 
 @scenario
@@ -537,6 +563,40 @@ async def test_a_text_that_ends_every_encoder_fails_alone():
     assert sum("poison" in batch for _, batch in bench.batches) == 3
     assert bench.batcher._pending == {}
     assert right(await bench.ask("next"), "next")
+
+
+@scenario
+async def test_a_text_that_ended_encoders_shares_none_with_others():
+    """With two places in one encoder, what is beside such a text would end with it, though it did no harm."""
+    bench = Bench(places=2)
+    at_once = []
+
+    async def encode(kind, inputs, original=bench.batcher._encode):
+        texts = {given.text for given in inputs}
+        at_once.append(texts)
+        await asyncio.sleep(0.01)
+        together = set.union(*at_once)
+        at_once.remove(texts)
+        if "poison" in together:
+            raise Lost("it ended")
+        return await original(kind, inputs)
+
+    bench.batcher._encode = encode
+    poison, beside = bench.ask("poison", "beside"), bench.ask("beside")
+    with pytest.raises(Unavailable):
+        await poison
+    assert right(await beside, "beside")
+
+
+@scenario
+async def test_an_encoder_is_asked_in_no_requests_own_context():
+    """Ray Serve ends with a request what was asked in its context."""
+    whose, seen = contextvars.ContextVar("whose", default="nobody's"), []
+    bench = Bench(fails=lambda inputs: seen.append(whose.get()))
+    whose.set("a client's")
+    await asyncio.gather(bench.ask("one"), bench.ask("two"))
+    await bench.ask("three")
+    assert set(seen) == {"nobody's"}
 
 
 @scenario

@@ -663,7 +663,9 @@ def test_what_nobody_waits_for_is_not_encoded(open_service):
 
     def begin(body):
         with socket.create_connection((host, int(port)), timeout=30) as client:
-            client.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            client.sendall(
+                b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            )
             wait_until(lambda: metrics(open_service.address)["bertray_waiting_texts"] > 0, 30)
 
     assert read_in_vain(open_service, "", begin) < 300
@@ -767,6 +769,18 @@ def test_pages_of_other_sites(open_service, strict_service):
     )
     refused(answer, 403, "forbidden")
     assert "access-control-allow-origin" not in answer[1]
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("localhost:8000", 200), ("127.0.0.1", 200), ("[::1]:1", 200), ("LOCALHOST", 200), ("evil.example:8000", 403)],
+)
+def test_names_that_a_site_has_lead_to_this_machine(open_service, strict_service, host, status):
+    answer = ask(open_service, "GET", "/v1/heads", Host=host)
+    assert answer[0] == status
+    if status == 403:
+        refused(answer, 403, "forbidden", "for 127.0.0.1, ::1, localhost")
+    assert ask(strict_service, "GET", "/v1/heads", key=_KEYS[0], Host=host)[0] == 200  # who has a key is no such page
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/predict", "/nothing", "/health", "/v1/models", "/static/docs.css"])

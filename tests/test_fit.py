@@ -15,7 +15,7 @@ from benchmarks.processes import titled
 from bertray import fit as fitting
 from bertray import ood
 from bertray.encoder import Encoder
-from bertray.errors import ClusterError
+from bertray.errors import ClusterError, StoreError
 from bertray.features import related
 from bertray.progress import Progress
 from bertray.samples import Wanted
@@ -235,6 +235,25 @@ def train_worker():
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (StoreError("The disk is full. Make room."), r"^The disk is full\. Make room\.$"),
+        (
+            ValueError("no such thing"),
+            r"^Fitting has failed 4 times: ValueError: no such thing\. The same command goes on",
+        ),
+    ],
+)
+def test_what_ends_a_fit_on_workers_is_told_in_a_line(store, ray_cluster, monkeypatch, raised, told):
+    def broken(config):
+        raise raised
+
+    monkeypatch.setattr(fitting, "_train_worker", broken)
+    with pytest.raises((StoreError, ClusterError), match=told):
+        fitting.fit(Wanted((store,), "name", CLASSES, 3, 0), head(epochs=2), 6, RaySizes(fit_workers=2))
+
+
 def test_a_fit_whose_worker_is_killed_goes_on_from_the_last_checkpoint(store, ray_cluster, monkeypatch):
     """A real process ends at a random moment: the head is the one that it would have been."""
     spec = Head(epochs=250, batch_size=64, folds=2, search=Search(l2=(0.01, 0.1)))

@@ -216,6 +216,9 @@ def test_processes_are_counted_as_the_cluster_does(tmp_path, tiny):
         ({"gpus": 8, "gpu": "l4", "cpus": 16}, (8, 8, 2)),
         ({"gpu": "a100"}, (1, 1, 4)),
         ({"cpus": 64, "overrides": ["ray.cpus_per_worker=8"]}, (64, 8, 8)),
+        ({"cpus": 64, "overrides": ["ray.workers=64"]}, (64, 64, 1)),
+        ({"cpus": 64, "overrides": ["ray.workers=20"]}, (64, 20, 3)),
+        ({"cpus": 64, "overrides": ["ray.workers=2"]}, (64, 2, 4)),
     ):
         found = forecast(spec, **options)
         assert (found["count"], found["workers"], found["threads"]) == expected, options
@@ -228,6 +231,7 @@ def test_processes_are_counted_as_the_cluster_does(tmp_path, tiny):
         ({"gpus": 64}, r"gpus need a gpu: which of h200"),
         ({"gpus": 0, "gpu": "l4"}, r"gpus must be a number above 0. Got 0"),
         ({"gpus": -1, "gpu": "l4"}, r"gpus must be a number above 0. Got -1"),
+        ({"cpus": 2, "overrides": ["ray.workers=3"]}, r"ray.workers 3 of 1 CPUs each are more than 2 CPUs"),
         ({"cpus": 0}, r"cpus must be a number above 0"),
         ({"price": -4.0}, r"price must be a number above 0. Got -4"),
         ({"price": float("nan")}, r"price must be a number above 0. Got nan"),

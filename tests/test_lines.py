@@ -60,6 +60,14 @@ async def called(lines, *arguments):
         lines.give(line)
 
 
+def taken(lines):
+    """The lines that are free."""
+    found = list(iter(lines.take, None))
+    for line in found:
+        lines.give(line)
+    return found
+
+
 async def connected(folder, each=2):
     lines = Lines(folder, each)
     await lines.look()
@@ -124,15 +132,17 @@ def test_a_process_that_ends_is_told_and_another_is_found(answering, tmp_path, h
     asyncio.run(talk())
 
 
-def test_a_line_whose_call_was_given_up_is_not_used_again(answering, tmp_path):
+@pytest.mark.parametrize("each", [1, 2])
+def test_a_line_whose_call_was_given_up_is_not_used_again(answering, tmp_path, each):
     answering()
 
     async def talk():
-        lines = await connected(tmp_path, each=1)
+        lines = await connected(tmp_path, each)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(called(lines, "sleeps", 1), 0.2)
-        assert lines.take() is None
+        assert len(taken(lines)) == each - 1
         await lines.look()  # and another line is had to the same process
+        assert len(taken(lines)) == each
         assert (await called(lines, "gives", "new"))[1] == "new"
         lines.close()
 

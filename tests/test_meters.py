@@ -41,6 +41,16 @@ def test_shares_are_of_the_time_since_the_last_look(monkeypatch):
     now[0] += 9
     meters.look(14.0, 10 * 121e12, 32_768)
     assert meters.told == pytest.approx({"idle_share": 0.0, "token_budget": 32_768, "mfu": 0.9})
+    for _ in range(3):  # a unit that takes a minute counts when it is done
+        now[0] += 20
+        meters.look(14.0, 10 * 121e12, 32_768)
+        assert meters.told["idle_share"] == 0.0
+    now[0] += 10
+    meters.look(49.0, 25 * 121e12, 32_768)
+    assert meters.told == pytest.approx({"idle_share": 0.5, "token_budget": 32_768, "mfu": 15 / 70})
+    now[0] += 400
+    meters.look(49.0, 25 * 121e12, 32_768)
+    assert meters.told["idle_share"] == 1.0
     unknown = Shown("")
     now[0] += 10
     unknown.look(5.0, 1e12, 448)

@@ -11,6 +11,7 @@ import torch
 from handmade import store_of, words_of
 from sklearn.utils.class_weight import compute_class_weight
 
+from bertray import samples as module
 from bertray.features import related, with_surroundings
 from bertray.samples import Share, Wanted, samples
 
@@ -234,3 +235,20 @@ def test_tokens_that_were_cut_off_are_no_place_for_an_answer(tmp_path):
     targets = np.split(parts["targets"], parts["edges"][1:-1])
     assert targets[0].tolist() == [[0, 0], [1, 1]]
     assert targets[3].tolist() == [[1, 1], [0, 0]]  # its answer was cut off
+
+
+@pytest.mark.parametrize(
+    ("limit", "used"),
+    [("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")],
+)
+def test_the_memory_of_a_container_is_what_it_may_use(tmp_path, monkeypatch, limit, used):
+    """What is in its cache of files counts as free."""
+    (tmp_path / "memory").mkdir()
+    for name, text in ((limit, "3000000"), (used, "2600000")):
+        (tmp_path / name).write_text(text + "\n")
+    name = "total_inactive_file" if "/" in used else "inactive_file"
+    (tmp_path / used).with_name("memory.stat").write_text(f"anon 1\n{name} 600000\n")
+    monkeypatch.setattr(module, "_GROUPS", tmp_path)
+    assert module._room("auto", 1) == 500_000
+    (tmp_path / limit).write_text("max\n")
+    assert module._room("auto", 2) > 10_000_000  # the machine's

@@ -131,6 +131,9 @@ def test_a_limit_counts_and_samples_the_first_rows(tmp_path, format):
     found = survey("train", source, COLUMNS, 200)
     cut = units(source, COLUMNS, 200)
     assert (found.rows, found.units) == (3500, len(cut))
+    whole_files = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert found.read_bytes(1) < 0.7 * survey("train", Source(path=str(tmp_path)), COLUMNS, 200).read_bytes(1)
+    assert found.read_bytes(1) == pytest.approx(whole_files * 3500 / 6000, rel=0.3)
     whole = pa.concat_tables([Reader(COLUMNS).read(unit).rows for unit in cut])
     assert mean(found.sample) == pytest.approx(mean(whole), rel=0.1)
 
