@@ -174,6 +174,7 @@ def test_heads_are_put_swapped_rolled_back_and_removed(service):
         ("../mood/head", 403, "below the folder"),
         ("/etc", 403, "below the folder"),
         ("s3://other/head", 403, "below the folder"),
+        ("mood/head?endpoint_override=other", 403, "below the folder"),  # in S3 it would lead elsewhere
         ("link/head", 403, "leads out"),
         ("missing/head", 422, "is not a bundle"),
         ("mood", 422, "is not a bundle"),
