@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from bertray.errors import BertrayError
 
+AT_ONCE = 2  # batches an encoder: while one is encoded, the next is tokenized
 _SECONDS = 0.03  # that a batch takes
 _LEAST, _MOST = 256, 65_536  # tokens of a batch
 _TRIES = 3  # encoders that may end while they encode a text
@@ -292,8 +293,7 @@ class Batcher:
 
     def _batch(self) -> list[_Waiting]:
         """The texts that are due first, of one kind; none if nothing waits, or must wait until no other is encoded."""
-        # The speed is that of all encoders together, each of which takes two batches: one waits while one is encoded.
-        share = max(1.0, self._places() / 2)
+        share = max(1.0, self._places() / AT_ONCE)  # the speed is that of all encoders together
         budget = min(max(self._speed.value * _SECONDS / share, _LEAST), _MOST)
         while self._queues:
             key = min(self._queues, key=lambda key: self._queues[key][0])

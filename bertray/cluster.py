@@ -175,18 +175,18 @@ def plan_workers(sizes: RaySizes, units: int, fewer: bool = False) -> Workers:
     threads = _threads(sizes, [(cpu, gpu * sharing) for cpu, gpu in hosts] if device == "cuda" else hosts, device, free)
     # A worker has to fit a node. For each, what has more room than CPUs is bounded by GPUs, if it takes any.
     room = sum(min(cpu // threads, gpu * sharing) if device == "cuda" else cpu // threads for cpu, gpu in hosts)
-    asked = int(sizes.workers) if sizes.workers != "auto" else room
-    count = min(asked, room) if fewer else asked
+    most = int(sizes.workers) if sizes.workers != "auto" else room
     if sizes.workers == "auto" and device == "cpu":
-        count = min(room, max(1, int(free.get("CPU", 0)) // threads))  # others may be at work there
+        most = min(room, max(1, int(free.get("CPU", 0)) // threads))  # others may be at work there
+    count = min(most, room) if fewer else most
     if not 0 < count <= room:
-        wanted = "a worker" if sizes.workers == "auto" else f"ray.workers {count}"
+        wanted = "a worker" if sizes.workers == "auto" else f"ray.workers {most}"
         raise ClusterError(
             f"{wanted} of {threads} CPUs each is more than the Ray cluster has room for ("
             + ", ".join(f"a node of {cpu} CPUs and {gpu} GPUs" for cpu, gpu in hosts)
             + "). Lower ray.workers or ray.cpus_per_worker."
         )
-    count = min(count, max(1, units))
+    count, most = (min(number, max(1, units)) for number in (count, most))
     workers = Workers(
         count,
         device,
@@ -194,7 +194,7 @@ def plan_workers(sizes: RaySizes, units: int, fewer: bool = False) -> Workers:
         # Less than whole CPUs, so that whatever else runs there finds a place beside the actors.
         0.9 * threads,
         math.floor(1e4 / sharing) / 1e4 if device == "cuda" else 0.0,  # Ray counts in ten thousandths
-        None if sizes.workers == "auto" and not solo.alone() else max(count, min(asked, max(1, units))),
+        None if sizes.workers == "auto" and not solo.alone() else most,
     )
     for resource, need in (("CPU", workers.num_cpus), ("GPU", workers.num_gpus)):
         if need > free.get(resource, 0):

@@ -6,7 +6,6 @@ import hmac
 import math
 import re
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bertray import schemas
 from bertray.batcher import Late, Overloaded, Unavailable
-from bertray.errors import BertrayError
+from bertray.errors import BertrayError, where
 from bertray.monitor import Monitor
 from bertray.progress import log
 from bertray.service import TooMuch, Wrong
@@ -100,9 +99,7 @@ def _refused(error: Exception) -> Refused:
         return Refused(504, str(error))
     if isinstance(error, Unavailable):
         return Refused(503, str(error), retry_after="5")
-    # Where it happened, and not what it says, which may be a user's text.
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    log.error("serve: %s in %s, line %s: a bug of ours", type(error).__name__, place.filename, place.lineno)
+    log.error("serve: %s: a bug of ours", where(error))
     return Refused(500, "This is a mistake of the service. Its log tells more.")
 
 
@@ -145,8 +142,7 @@ class Door:
 
     def _check(self, scope: Scope, path: str) -> None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"] if name in _LOOKED_AT}
-        host = re.sub(r":\d*$", "", headers.get(b"host", "")).strip("[]").lower()
-        if self._hosts and host and host not in self._hosts:  # a name that a site has pointed at this machine
+        if self._hosts and self._is_misnamed(headers.get(b"host", "")):
             raise Refused(403, f"This service is for {', '.join(sorted(self._hosts))}. For other names give it --keys.")
         if scope["method"] not in ("GET", "HEAD") and self._is_foreign(headers):
             raise Refused(403, "Pages of other sites may not call this service. Allow them with --cors ORIGIN.")
@@ -157,6 +153,11 @@ class Door:
         right = [hmac.compare_digest(digest, key) for key in self._keys]  # all of them, whichever it is
         if scheme.lower() != "bearer" or not any(right):
             raise Refused(401, "A key is needed: send the header Authorization: Bearer KEY.", www_authenticate="Bearer")
+
+    def _is_misnamed(self, host: str) -> bool:
+        """Whether it is called by a name that a site may have pointed at this machine."""
+        name = re.sub(r":\d*$", "", host).strip("[]").lower()
+        return bool(name) and name not in self._hosts
 
     def _is_foreign(self, headers: Mapping[bytes, str]) -> bool:
         """Whether a page of another site calls, that may not. Browsers tell, but over plain http only whose page it is

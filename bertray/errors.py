@@ -1,5 +1,7 @@
 """The errors a user can act on: one line that says what is wrong, where, and what to do."""
 
+import traceback
+
 
 class BertrayError(Exception):
     """Base of every error that bertray raises on purpose. The command line turns it into exit code 2."""
@@ -33,3 +35,9 @@ ERRORS = {
     kind.__name__: kind
     for kind in (BertrayError, SpecError, SourceError, CheckpointError, StoreError, BundleError, ClusterError)
 }
+
+
+def where(error: Exception) -> str:
+    """Which error was raised where, without what it says: that may be a user's text."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {place.filename}, line {place.lineno}"

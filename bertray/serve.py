@@ -29,9 +29,9 @@ import orjson
 
 from bertray import bundle as bundles
 from bertray import lines
-from bertray.batcher import Batcher, Input, Lost, Read
+from bertray.batcher import AT_ONCE, Batcher, Input, Lost, Read
 from bertray.cluster import connected, plan_workers
-from bertray.errors import BertrayError, ClusterError
+from bertray.errors import BertrayError, ClusterError, where
 from bertray.explorer import OF_TEXTS, Explorer, plain
 from bertray.features import Feature, parse
 from bertray.lines import Line, Lines
@@ -44,7 +44,6 @@ from bertray.spec import RaySizes
 from bertray.storage import Location
 
 _ENCODERS = "Encoders"
-_AT_ONCE = 2  # batches an encoder: while one is encoded, the next is tokenized
 _LOOK_SECONDS = 1.0  # between looks at how many encoders there are
 _READINGS = 16  # ways of reading that an encoder process remembers
 _FORGIVEN = 30  # looks at which a line may be missing
@@ -120,8 +119,8 @@ class Encoders:
         pairs = None if inputs[0].pair is None else [given.pair or "" for given in inputs]
         try:
             found, failed = encoder.encode_rows([given.text for given in inputs], pairs)
-        except Exception:  # what is no text's fault: Ray Serve starts another process, and the texts go there
-            log.exception("serve: an encoder is broken, and ends")
+        except Exception as error:  # what is no text's fault: Ray Serve starts another process, and the texts go there
+            log.error("serve: an encoder is broken, and ends: %s", where(error))
             os._exit(1)
         return found.vectors, found.spans, found.tokens, found.truncated, failed
 
@@ -169,7 +168,7 @@ def _encoders(
     deployment = serve.deployment(
         name=_ENCODERS,
         num_replicas=replicas,
-        max_ongoing_requests=_AT_ONCE + 2,  # what is in flight when an answer is on its way back
+        max_ongoing_requests=AT_ONCE + 2,  # what is in flight when an answer is on its way back
         health_check_period_s=2,
         health_check_timeout_s=60,
         graceful_shutdown_timeout_s=10,
@@ -188,14 +187,14 @@ class _Fleet:
     def __init__(self, handle: Any, app: str, folder: str) -> None:
         """folder: that encoders of this machine listen in; empty if none do."""
         self._handle, self._app = handle, app
-        self._lines = Lines(Path(folder), _AT_ONCE) if folder else None
+        self._lines = Lines(Path(folder), AT_ONCE) if folder else None
         self._elsewhere = _FORGIVEN  # looks in a row at which there were more encoders than lines lead to
         self.running = 0
         self._watching: asyncio.Task[None] | None = None
 
     def places(self) -> int:
         """How many batches they take at once. With none at all one waits there for the first to come back."""
-        return max(1, _AT_ONCE * (self._lines.processes if self._lines and self._near else self.running))
+        return max(1, AT_ONCE * (self._lines.processes if self._lines and self._near else self.running))
 
     async def watch(self) -> None:
         """Look after how many there are, from now on."""
@@ -409,7 +408,7 @@ def limits_of(given: Mapping[str, Any]) -> Limits:
             raise BertrayError(f"There is no limit {name!r}. There are {', '.join(known)}.")
         try:
             known[name] = type(known[name])(value)
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             raise BertrayError(f"The limit {name} must be a number. Got {value!r} instead.") from None
         if not 0 <= known[name] < math.inf or (known[name] < 1 and type(known[name]) is int and name != "cache"):
             raise BertrayError(f"The limit {name} must be at least 1. Got {value} instead.")
