@@ -45,11 +45,7 @@ def titled(pid: int, words: str) -> list[int]:
 
 
 def memory(pid: int) -> int:
-    """Bytes that a process and those below it hold in memory; of what is shared, each has its share (PSS)."""
-    return sum(_share(child) for child in below(pid))
-
-
-def _share(pid: int) -> int:
+    """Bytes that a process holds in memory; of what it shares with others, its share (PSS)."""
     for line in _read(pid, "smaps_rollup").splitlines():
         if line.startswith(b"Pss:"):
             return int(line.split()[1]) * 1024

@@ -32,7 +32,7 @@ SWAPPED, STEADY = "mood", "steady"
 RIGHT, WRONG, OLD, REFUSED, LOST = "right", "wrong", "of an older version", "error 429 or 5xx", "lost"
 _WORKERS, _PAUSE = 8, 0.1  # connections; seconds that each waits at most between requests
 _SWAP = 3.0  # seconds between changes of a head
-_KILLS = (0.25, 0.5)  # of the time
+_KILLS = (0.1, 0.2)  # of the time
 _SETTLED = 0.6  # of the time, from when memory should not grow any more
 _DEADLINE = 60.0  # seconds until a request counts as lost
 _LIST = 32
@@ -125,7 +125,7 @@ class Soak:
     ) -> None:
         self.seconds = seconds
         self.tally: Counter[tuple[str, str]] = Counter()
-        self.memory: list[tuple[float, int]] = []
+        self.memory: list[dict[str, float]] = []  # of each moment: `seconds`, and bytes of each part of the service
         self.silences: list[float] = []
         self.swaps = self.rollbacks = 0
         self._port, self._pid, self._corpus, self._paths, self._limits = port, pid, corpus, paths, limits
@@ -373,7 +373,7 @@ class Soak:
     async def _watch(self) -> None:
         step = min(10.0, self.seconds / 12)
         while self._passed < self.seconds:
-            self.memory.append((self._passed, processes.memory(self._pid)))
+            self.memory.append({"seconds": self._passed} | _held(self._pid))
             await asyncio.sleep(step)
 
     # --- at the end ---------------------------------------------------------------------------------------
@@ -467,9 +467,8 @@ def _found(answer: Any) -> Any:
 
 
 def _encoder(pid: int) -> int | None:
-    """The process that encodes: by its title, or the replica that holds most memory."""
-    found = processes.titled(pid, "Encoders") or processes.titled(pid, "ServeReplica")
-    return max(found, key=processes.memory, default=None)
+    """The process that encodes; None while it starts."""
+    return next(iter(processes.titled(pid, "Encoders")), None)
 
 
 def _most_apart(expected: NDArray[np.float32], values: Sequence[Mapping[str, float]], labels: Sequence[str]) -> float:
@@ -506,26 +505,36 @@ def report(soak: Soak, apart: float) -> str:
             f"on {apart:.0%} of the texts. *Of an older version*: right, but of a version that had been replaced "
             "before the request was sent. *Lost*: the connection broke, or no answer in a minute.",
             results.table(lines),
-            results.table([_grown(soak.memory, soak.seconds)]),
+            results.table([_grown(soak.memory, part, soak.seconds) for part in soak.memory[0] if part != "seconds"]),
             "\n".join(f"- {name}: {fact}" for name, fact in machine.describe().items()),
         ]
     )
 
 
-def _grown(memory: Sequence[tuple[float, int]], seconds: float) -> dict[str, str]:
-    settled = [one for one in memory if one[0] >= _SETTLED * seconds]
+def _held(pid: int) -> dict[str, int]:
+    """Bytes that each part of a service holds."""
+    encoders = [one for found in processes.titled(pid, "Encoders") for one in processes.below(found)]
+    parts = {"the gate": [pid], "the encoder": encoders}
+    parts["Ray's own"] = [one for one in processes.below(pid) if one != pid and one not in encoders]
+    held = {part: sum(map(processes.memory, found)) for part, found in parts.items()}
+    return held | {"all": sum(held.values())}
+
+
+def _grown(memory: Sequence[Mapping[str, float]], part: str, seconds: float) -> dict[str, str]:
+    settled = [one for one in memory if one["seconds"] >= _SETTLED * seconds]
+    held = [one[part] / 1e6 for one in memory]
     return {
-        "memory of all processes": "MB",
-        "at the start": f"{memory[0][1] / 1e6:,.0f}",
-        "at the end": f"{memory[-1][1] / 1e6:,.0f}",
-        "most": f"{max(held for _, held in memory) / 1e6:,.0f}",
-        "slope, MB a minute": f"{_slope(memory):+.1f}",
-        f"slope after {_SETTLED:.0%} of the time": f"{_slope(settled):+.1f}",
+        "memory, MB": part,
+        "at the start": f"{held[0]:,.0f}",
+        f"at {_SETTLED:.0%} of the time": f"{settled[0][part] / 1e6:,.0f}" if settled else "-",
+        "at the end": f"{held[-1]:,.0f}",
+        "most": f"{max(held):,.0f}",
+        f"slope after {_SETTLED:.0%}, a minute": f"{_slope(settled, part):+.1f}",
     }
 
 
-def _slope(memory: Sequence[tuple[float, int]]) -> float:
+def _slope(memory: Sequence[Mapping[str, float]], part: str) -> float:
     if len(memory) < 2:
         return 0.0
-    seconds, held = np.array(memory, float).T
-    return float(np.polyfit(seconds / 60, held / 1e6, 1)[0])
+    minutes, held = np.array([(one["seconds"] / 60, one[part] / 1e6) for one in memory]).T
+    return float(np.polyfit(minutes, held, 1)[0])

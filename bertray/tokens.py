@@ -18,6 +18,7 @@ from bertray.progress import log
 Ints = NDArray[np.int64]
 
 _SAMPLE = 256  # texts that two tokenizers are compared on
+_REMEMBERED = 1 << 16  # words that nanotoken remembers in each thread, in some 20 MB; by itself, a million
 
 
 @dataclass(frozen=True)
@@ -506,6 +507,7 @@ def _nanotoken(tokenizer: Any) -> Any:
     except ImportError:
         return None
     try:
+        nanotoken.set_cache_entries(_REMEMBERED)
         return nanotoken.Tokenizer(tokenizer)
     except Exception:  # whatever a tokenizer of another kind makes it raise
         return None

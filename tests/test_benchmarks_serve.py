@@ -161,6 +161,6 @@ def test_all_that_a_command_started_is_ended(tmp_path):
     deadline = time.monotonic() + 10
     while len(found := processes.titled(process.pid, "sleep")) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert processes.memory(process.pid) > 0
+    assert all(processes.memory(one) > 0 for one in [process.pid, *found])
     processes.stop(process, patience=2)
     assert not [pid for pid in found if processes._born(pid)]
