@@ -9,7 +9,6 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from bertray import answers, checkpoints, labels, pairs
+from bertray import __version__, answers, checkpoints, labels, pairs
 from bertray import bundle as bundles
 from bertray.annotations import part_of
 from bertray.bundle import Bundle
@@ -93,7 +92,7 @@ class _Run:
             self.saved: dict[str, Any] = json.loads(path.read()) if path.exists() else {}
         except ValueError:
             self.saved = {}  # damaged: as good as missing
-        self.journal = Journal(folder, run, bertray=version("bertray"), price=spec.ray.price, **self.seconds)
+        self.journal = Journal(folder, run, bertray=__version__, price=spec.ray.price, **self.seconds)
 
     def until(self, last: str) -> dict[str, Any]:
         with ExitStack() as stack:

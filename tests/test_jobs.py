@@ -23,6 +23,15 @@ from bertray.store import Store
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
+# As on a cluster that has Ray and no more, where bertray is code that a job brings along: no package of that name.
+NOT_INSTALLED = """
+from importlib import metadata
+find = metadata.MetadataPathFinder.find_distributions
+def without(*given):
+    return (found for found in find(*given) if found.metadata["Name"] != "bertray")
+metadata.MetadataPathFinder.find_distributions = without
+"""
+
 
 @pytest.fixture(scope="module")
 def cluster(s3, tmp_path_factory):
@@ -33,6 +42,9 @@ def cluster(s3, tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment["PATH"] = f"{Path(RAY).parent}{os.pathsep}{environment['PATH']}"  # as after `activate`
     environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_TMPDIR": f"/tmp/bertray-{os.getpid()}"}
+    hooks = tmp_path_factory.mktemp("hooks")
+    (hooks / "sitecustomize.py").write_text(NOT_INSTALLED)
+    environment["PYTHONPATH"] = str(hooks)
     environment["RAY_metrics_report_interval_ms"] = "1000"  # so that tests need not wait
     subprocess.run([RAY, "get-auth-token", "--generate"], env=environment, check=True, timeout=60, capture_output=True)
     started = subprocess.run(
