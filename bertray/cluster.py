@@ -6,19 +6,24 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from typing import TypeVar
 from unittest.mock import patch
 
 from bertray import solo
 from bertray.errors import ClusterError
 from bertray.progress import log
 from bertray.spec import RaySizes
-from bertray.storage import Location
+from bertray.storage import FileInfo, Location
+
+T = TypeVar("T")
 
 _CPUS_PER_WORKER = 4  # past that, a worker's threads gain less than another worker does
 _ANSWER_SECONDS = 10.0  # until what does not answer is not there
+_TASKS_PER_CPU = 8  # so that one with larger files does not hold up the others
 _REACH_SECONDS = 60.0  # until a node that does not say what it sees is left to Ray
 
 
@@ -57,12 +62,12 @@ def connected(sizes: RaySizes, alone: bool = False) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = None if sizes.address == "auto" else sizes.address
-    _check_reachable(address or os.environ.get("RAY_ADDRESS", ""))
+    _check_reachable(_named(sizes))
     try:
         with _quiet(), solo.starting(sizes.fit_workers > 0) if alone else nullcontext():
             ray.init(address, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     except Exception as error:
-        where = address or os.environ.get("RAY_ADDRESS", "this machine")
+        where = _named(sizes) or "this machine"
         raise ClusterError(f"Cannot use the Ray cluster at {where}: {_refusal(error)}") from error
     try:
         with _without_rays_own_words():
@@ -97,6 +102,16 @@ def _refusal(error: Exception) -> str:
             "its token into ~/.ray/auth_token (or RAY_AUTH_TOKEN)."
         )
     return said[:300]
+
+
+def is_named(sizes: RaySizes) -> bool:
+    """Whether a cluster is to be joined that was started before."""
+    return _named(sizes) not in ("", "local")
+
+
+def _named(sizes: RaySizes) -> str:
+    """The address of the cluster that the spec or the environment names; empty where neither does."""
+    return os.environ.get("RAY_ADDRESS", "") if sizes.address == "auto" else sizes.address
 
 
 def _check_reachable(address: str) -> None:
@@ -288,6 +303,33 @@ def _missed(files: Sequence[str], folders: Sequence[str], node: str) -> str:
         except Exception as error:
             return f"it cannot write into {folder} ({' '.join(str(error).split())[:200]})"
     return ""
+
+
+def over_nodes(function: Callable[[FileInfo], T], files: Sequence[FileInfo]) -> list[T]:
+    """What a function gives for each file, by tasks on the nodes of the connected cluster, those without GPUs first.
+    Where there is only one node that runs tasks, by threads of this process.
+
+    Raises:
+        ClusterError: a node does not see the files.
+        Exception: what the function raises.
+    """
+    import ray
+
+    cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    if sum(cpu >= 1 for cpu in cpus) < 2:
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(function, files))
+    check_reach([file.url for file in files[:1]], [])
+    some = math.ceil(len(files) / (_TASKS_PER_CPU * sum(cpus)))
+    task = ray.remote(num_cpus=1)(lambda part: list(map(function, part))).options(name="count rows")
+    log.info("counting: the rows of %d files, by %g CPUs", len(files), sum(cpus))
+    asked = [task.remote(files[start : start + some]) for start in range(0, len(files), some)]
+    try:
+        return [one for part in ray.get(asked) for one in part]
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise ClusterError(f"The rows of {len(files)} files cannot be counted: {_refusal(error)}") from error
 
 
 def end_process(node: str, pid: int, title: str) -> None:

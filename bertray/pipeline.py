@@ -6,7 +6,7 @@ import math
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from bertray import bundle as bundles
 from bertray.annotations import part_of
 from bertray.bundle import Bundle
 from bertray.clock import account
-from bertray.cluster import connected
+from bertray.cluster import connected, is_named, over_nodes
 from bertray.embed import embed, reasons, versions
 from bertray.errors import BundleError, SourceError, SpecError
 from bertray.evaluate import Evaluation, evaluate
@@ -34,7 +34,7 @@ from bertray.search import Choice, from_bytes, threshold, to_bytes
 from bertray.spec import Spec, fingerprint, load_spec
 from bertray.splits import Split, bytes_of, changed_files, splits_of
 from bertray.states import Again, tables
-from bertray.storage import Location, output_folder, retries
+from bertray.storage import FileInfo, Location, output_folder, retries
 from bertray.store import Manifest, Receipt, Store
 
 _JUDGED = ("train", "dev", "test")
@@ -70,20 +70,23 @@ def run(
         raise SpecError(f"until must be one of {', '.join(STEPS)}. Got {until!r} instead.")
     spec = load_spec(spec, overrides)
     folder = output_folder(spec.output)
-    with held(folder) as holder:
-        return _Run(spec, folder, holder.run, {"train": train, "dev": dev, "test": test}).until(until)
+    with held(folder) as holder, ExitStack() as stack:
+        return _Run(spec, folder, holder.run, {"train": train, "dev": dev, "test": test}, stack).until(until)
 
 
 class _Run:
     """One run of a spec: what is known so far, and how long each step took."""
 
-    def __init__(self, spec: Spec, folder: Location, run: str, given: Mapping[str, Any]) -> None:
-        self.spec, self.folder, self.run = spec, folder, run
+    def __init__(self, spec: Spec, folder: Location, run: str, given: Mapping[str, Any], stack: ExitStack) -> None:
+        """stack: what the run's connection to Ray ends with."""
+        self.spec, self.folder, self.run, self._stack = spec, folder, run, stack
         self.seconds: dict[str, float] = {}
         started = time.perf_counter()
         self._imports = _Imports() if (self.folder / "metrics.json").exists() else _Imports("ray")
         self.checkpoint = checkpoints.find(spec.encoder.model, spec.encoder.revision)
-        self.splits, self.label_names = splits_of(spec, self.checkpoint, self.folder, given)
+        self.splits, self.label_names = splits_of(
+            spec, self.checkpoint, self.folder, given, self._over_nodes if is_named(spec.ray) else None
+        )
         self.seconds["prepare"] = round(time.perf_counter() - started, 3)
         self.manifests: dict[str, Manifest] = {}
         self.choice: Choice | None = None
@@ -95,17 +98,20 @@ class _Run:
         self.journal = Journal(folder, run, bertray=__version__, price=spec.ray.price, **self.seconds)
 
     def until(self, last: str) -> dict[str, Any]:
-        with ExitStack() as stack:
-            self._join_ray = lambda: stack.enter_context(connected(self.spec.ray, alone=True))
-            self._timed("embed", lambda: self.embed(fits=last != "embed"))
-            if not self.spec.ray.fit_workers:
-                # Nothing needs Ray any longer: a cluster of our own ends while the head is fitted.
-                stack.enter_context(_aside(stack.pop_all().close))
-            if last != "embed":
-                bundle = self._timed("fit", self.fit)
-            if last == "evaluate":
-                return self.evaluate(bundle)
-        return self._summary()
+        self._timed("embed", lambda: self.embed(fits=last != "embed"))
+        if not self.spec.ray.fit_workers:
+            # Nothing needs Ray any longer: a cluster of our own ends while the head is fitted.
+            self._stack.enter_context(_aside(self._stack.pop_all().close))
+        if last != "embed":
+            bundle = self._timed("fit", self.fit)
+        return self.evaluate(bundle) if last == "evaluate" else self._summary()
+
+    def _join_ray(self) -> None:
+        self._stack.enter_context(connected(self.spec.ray, alone=True))
+
+    def _over_nodes(self, function: Callable[[FileInfo], Any], files: Sequence[FileInfo]) -> Iterable[Any]:
+        self._join_ray()
+        return over_nodes(function, files)
 
     def _timed(self, step: str, action: Callable[[], Any]) -> Any:
         started = time.perf_counter()

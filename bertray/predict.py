@@ -17,6 +17,7 @@ from bertray import pairs as pair_texts
 from bertray.annotations import Wrong, text_of, words_of
 from bertray.bundle import Bundle
 from bertray.checkpoints import Checkpoint
+from bertray.cluster import over_nodes
 from bertray.embed import embed
 from bertray.errors import BertrayError, BundleError, SourceError
 from bertray.features import OF_TOKENS, parse
@@ -176,7 +177,7 @@ def predict_files(
     if Location(output).url.startswith(f"{Location(source.path).url}/"):
         raise BertrayError(f"{output} lies inside the input {source.path}. Give another --output.")
     bundle_url, output = Location(bundle_url).url, output_folder(output).url
-    cut = tuple(units(source, columns))
+    cut = tuple(units(source, columns, over_nodes=over_nodes))
     if output in {unit.url for unit in cut}:
         raise BertrayError(f"{output} is one of the input's files. Give another --output.")
     kind = output.rpartition(".")[2] if output.endswith((".parquet", ".csv", ".jsonl")) else ""

@@ -9,10 +9,10 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ _UNIT_BYTES = 16 << 20
 _PREVIEW_ROWS = 100
 _PLACES = 3  # that a reader keeps open
 _HASHED_BYTES = 64 << 20
+_FAR_BYTES = 1 << 30  # up to here to ask the nodes of a cluster takes longer than to read
 
 
 @dataclass(frozen=True)
@@ -105,15 +106,26 @@ class Batch:
     rejects: pa.Table
 
 
-def units(source: Source, columns: Columns, unit_rows: int | str = "auto") -> list[Unit]:
+# Maps a function over files, as `map` does, but elsewhere.
+OverNodes = Callable[[Callable[[FileInfo], Any], Sequence[FileInfo]], Iterable[Any]]
+
+
+def units(
+    source: Source, columns: Columns, unit_rows: int | str = "auto", over_nodes: OverNodes | None = None
+) -> list[Unit]:
     """Cut the files of a source into units, in the order of the rows.
+
+    Args:
+        over_nodes: where large files are counted whose number of rows only reading them tells; None is here.
 
     Raises:
         SourceError: there are no files, a file is not readable or lacks a column, or there are no rows.
     """
     files = find_files(source)
+    count = partial(_count, source=source, columns=columns)
+    to_read = sum(file.size for file in files if file_format(file, source) != "parquet")
     with ThreadPoolExecutor(8) as pool:
-        counting = pool.map(lambda file: _count(file, source, columns), files)
+        counting = over_nodes(count, files) if over_nodes and to_read > _FAR_BYTES else pool.map(count, files)
         stamps = pool.map(_stamp, files)
         known = list(zip(files, counting, stamps, strict=True))
     left = source.limit or sum(rows for _, (rows, _), _ in known)

@@ -12,7 +12,7 @@ import pyarrow as pa
 from bertray.checkpoints import Checkpoint
 from bertray.errors import SourceError, SpecError
 from bertray.features import features
-from bertray.sources import Columns, Reader, Unit, from_hub, is_saved_dataset, stage, units
+from bertray.sources import Columns, OverNodes, Reader, Unit, from_hub, is_saved_dataset, stage, units
 from bertray.spec import Encoder as EncoderSpec
 from bertray.spec import Source, Spec, fingerprint
 from bertray.storage import Location
@@ -94,7 +94,11 @@ def wanted_rows(spec: Spec, given: Mapping[str, Any]) -> list[tuple[str, Source,
 
 
 def splits_of(
-    spec: Spec, checkpoint: Checkpoint, folder: Location, given: Mapping[str, Any]
+    spec: Spec,
+    checkpoint: Checkpoint,
+    folder: Location,
+    given: Mapping[str, Any],
+    over_nodes: OverNodes | None = None,
 ) -> tuple[list[Split], tuple[str, ...]]:
     """The splits `train`, and where there are rows for them, `dev`, `test` and `examples`; and the label names as far
     as the spec or the rows tell them.
@@ -102,6 +106,7 @@ def splits_of(
     Args:
         folder: of the run: what is not a file yet is written there first.
         given: rows in memory for `train`, `dev` and `test`, or None.
+        over_nodes: as for `units`.
 
     Raises:
         SpecError: the spec names no rows, or no label.
@@ -119,7 +124,7 @@ def splits_of(
         label_names = label_names or carried
         made = made_by(spec.encoder, checkpoint, columns, identity)
         store = Store((folder / "stores" / f"{name}-{fingerprint(made)}").url)
-        splits.append(Split(name, tuple(units(source, columns, data.unit_rows)), columns, store, made))
+        splits.append(Split(name, tuple(units(source, columns, data.unit_rows, over_nodes)), columns, store, made))
     return splits, label_names
 
 

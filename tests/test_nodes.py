@@ -290,6 +290,44 @@ def test_a_node_that_does_not_see_the_files_is_told_before_anything_is_encoded(c
     assert "Traceback" not in errors and not list(tmp_path.rglob("*.parquet"))
 
 
+COUNTED = """
+import sys, ray
+from bertray import cli, cluster, pipeline, sources
+sources._FAR_BYTES = 0  # as if the files were large
+on_nodes = cluster.over_nodes
+def told(function, files):
+    where = on_nodes(lambda file: ray.get_runtime_context().get_node_id(), files)
+    print("NODES", *where, file=sys.stderr)
+    return on_nodes(function, files)
+pipeline.over_nodes = told
+cli.command(sys.argv[1:])
+"""
+
+
+def test_large_files_are_counted_on_the_nodes(cluster, s3, tmp_path):
+    cluster("add")
+    address, *nodes = cluster("add")
+    for i in range(4):
+        lines = [json.dumps(row) + "\n" for row in rows(200)[50 * i : 50 * (i + 1)]]
+        Location(f"{s3}/counted/{i}.jsonl").write("".join(lines).encode())
+    run = f"{s3}/counted-run"
+    file = spec(tmp_path, f"{s3}/counted/*.jsonl", run, ray={"address": address, "cpus_per_worker": 1})
+
+    def embed():
+        command = [sys.executable, "-c", COUNTED, "embed", str(file)]
+        return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+
+    done = embed()
+    assert done.returncode == 0, done.stderr
+    assert "counting: the rows of 4 files, by 2 CPUs" in done.stderr
+    assert {*re.search("NODES (.*)", done.stderr)[1].split()} <= {*nodes}
+    assert {*vectors_in(run)} == {row["id"] for row in rows(200)}
+    Location(f"{s3}/counted/2.jsonl").write(b"\xff\xfea\x00")
+    done = embed()
+    assert done.returncode == 2
+    assert f"{s3}/counted/2.jsonl is UTF-16 text" in done.stderr and "Traceback" not in done.stderr
+
+
 @long
 def test_the_benchmark_of_nodes_tells_efficiency_and_what_a_dead_node_costs(capsys):
     nodes.main(["--rows", "6000", "--nodes", "1", "--rounds", "1"])

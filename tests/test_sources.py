@@ -73,6 +73,21 @@ def test_units_can_be_read_in_any_order(tmp_path, kind):
         assert reader.read(cut[i]).rows["text"].to_pylist() == FRAME["text"].tolist()[start:stop]
 
 
+def test_only_large_files_that_have_to_be_read_are_counted_elsewhere(tmp_path, monkeypatch):
+    asked = []
+
+    def over_nodes(count, files):
+        asked.extend(file.name for file in files)
+        return map(count, files)
+
+    for large, elsewhere in ((1 << 30, []), (100, ["rows.csv"])):
+        monkeypatch.setattr(sources, "_FAR_BYTES", large)
+        for kind in ("csv", "parquet"):
+            source = Source(path=write(tmp_path, f"rows.{kind}"))
+            assert units(source, COLUMNS, 33, over_nodes) == units(source, COLUMNS, 33)
+        assert asked == elsewhere
+
+
 def test_text_files_are_a_row_a_line(tmp_path):
     (tmp_path / "lines.txt").write_bytes("one\r\ntwo\x85two\n\nlast".encode())
     table = read_all(Source(path=str(tmp_path / "lines.txt")), Columns("text"))
