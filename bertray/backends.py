@@ -2,13 +2,14 @@
 
 Which one runs what is decided by measurement (benchmarks/RESULTS.md): native.c where the processor and the encoder's
 layers allow it, else torch. On CUDA texts are packed without padding and attention keeps them apart; a CPU gets packs
-of one length each, which need neither padding nor a mask. Knows nothing of texts, files or Ray.
+of one length each, which need neither padding nor a mask. Each is held against fp32 on made-up texts before it is used.
+Knows nothing of texts, files or Ray.
 """
 
 import copy
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
 from typing import Any, Protocol
 
@@ -30,6 +31,7 @@ _BUDGETS = {"cpu": 4096, "cuda": 65_536}
 # Texts that are sorted and packed together.
 _BLOCKS = {"cpu": native.BLOCK, "cuda": 32_768}
 _ATTENTION = "bertray_varlen"
+_SHORT = 64  # tokens of the texts that share tiles in attention: longer ones fill those of their own
 _FIDELITY = 0.999  # least cosine to fp32 that `auto` takes
 _SAME = 0.9  # a lower one is no matter of precision: the backend does not fit the model
 
@@ -63,14 +65,23 @@ def choose(model: Any, precision: str, features: Sequence[Feature], device: str,
         CheckpointError: the precision cannot be had on this device.
     """
     wanted = _automatic(model, device) if precision == "auto" else [precision]
-    expected = _reference(model, features)
+    samples = _samples(model)
+    reference = TorchBackend(model, "fp32", features, "cpu")
+    expected = [reference.start(sample)() for sample in samples]
     for candidate in wanted:
-        backend = _build(model, candidate, features, device, threads)
-        cosine = _least_cosine(backend.start(_sample(model))(), expected)
-        if cosine >= (_FIDELITY if precision == "auto" and candidate != "fp32" else _SAME):
-            log.debug("encoder: %s, cosine to fp32 at least %.5f on a sample", backend.name, cosine)
-            return backend
-        log.warning("encoder: %s has a cosine of %.4f to fp32 here and is not used", backend.name, cosine)
+        least = _FIDELITY if precision == "auto" and candidate != "fp32" else _SAME
+        for backend in _built(model, candidate, features, device, threads):
+            try:
+                cosine = min(map(_least_cosine, [backend.start(sample)() for sample in samples], expected))
+            except Exception as error:  # compilers and drivers raise many kinds: say what they said
+                if not isinstance(backend, VarlenBackend):  # no other will do it
+                    raise
+                log.warning("encoder: %s cannot be used here: %s", backend.name, " ".join(str(error).split())[:300])
+                continue
+            if cosine >= least:
+                log.debug("encoder: %s, cosine to fp32 at least %.5f on a sample", backend.name, cosine)
+                return backend
+            log.warning("encoder: %s has a cosine of %.4f to fp32 here and is not used", backend.name, cosine)
     raise CheckpointError(f"encoder.precision {precision} gives other vectors than fp32 on {device}. Set it to fp32.")
 
 
@@ -100,30 +111,37 @@ def _gain_of_bf16(size: int = 512) -> float:
     return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
-def _build(model: Any, precision: str, features: Sequence[Feature], device: str, threads: int) -> Backend:
+def _built(model: Any, precision: str, features: Sequence[Feature], device: str, threads: int) -> Iterator[Backend]:
+    """What may run a model in a precision, the fastest first; each is built when those before cannot be used."""
     reason = "it is for CPUs" if device != "cpu" else native.why_not(model)
     if precision in native.PRECISIONS and not reason:
-        return native.NativeBackend(model, precision, features, threads)
+        yield native.NativeBackend(model, precision, features, threads)
+        return
     if precision not in _DTYPES:
         raise CheckpointError(f"encoder.precision {precision} cannot be had here: {reason}. Set it to auto.")
     if (device, precision) != ("cpu", "fp32"):  # as it came; other candidates may need it like that
         model = copy.deepcopy(model).to(device, _DTYPES[precision])
-    if device == "cuda" and not (reason := _why_not_varlen(model)):
-        return VarlenBackend(model, precision, features, device)
     if device == "cuda":
-        log.warning("encoder: texts are grouped by length, since packed attention cannot be used: %s", reason)
-    return TorchBackend(model, precision, features, device)
+        if reason := _why_not_varlen(model):
+            log.warning("encoder: texts are grouped by length, since packed attention cannot be used: %s", reason)
+        else:
+            plain = model.config._attn_implementation
+            yield VarlenBackend(model, precision, features, device, tiled=True)
+            yield VarlenBackend(model, precision, features, device)
+            model.set_attn_implementation(plain)
+    yield TorchBackend(model, precision, features, device)
 
 
-def _reference(model: Any, features: Sequence[Feature]) -> NDArray[np.float32]:
-    return TorchBackend(model, "fp32", features, "cpu").start(_sample(model))()
-
-
-def _sample(model: Any) -> Tokens:
-    """Made-up texts to compare backends on, sorted by falling length."""
-    offsets = np.cumsum([0, 48, 31, 31, 12, 5, 3])
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, offsets[-1])
-    return Tokens(ids, np.zeros_like(ids), offsets, np.zeros(len(offsets) - 1, bool))
+def _samples(model: Any) -> list[Tokens]:
+    """Made-up texts to compare backends on, each sorted by falling length: short ones, and longer ones."""
+    rng = np.random.default_rng(0)
+    limit = int(getattr(model.config, "max_position_embeddings", None) or 512) - native.first_position(model)
+    found = []
+    for lengths in ([48, 31, 31, 12, 5, 3], [150, 70]):
+        offsets = np.cumsum([0, *np.minimum(lengths, limit)])
+        ids = rng.integers(0, model.config.vocab_size, offsets[-1])
+        found.append(Tokens(ids, np.zeros_like(ids), offsets, np.zeros(len(lengths), bool)))
+    return found
 
 
 def _least_cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
@@ -290,26 +308,37 @@ class VarlenBackend(TorchBackend):
 
     equal = False
 
-    def __init__(self, model: Any, precision: str, features: Sequence[Feature], device: str) -> None:
+    def __init__(
+        self, model: Any, precision: str, features: Sequence[Feature], device: str, tiled: bool = False
+    ) -> None:
+        """Take a model of that precision on that device.
+
+        Args:
+            tiled: whether short texts share the tiles of bertray's own kernel for attention.
+        """
         super().__init__(model, precision, features, device)
-        self.name += ", packed"
+        self.name += ", packed, short texts in tiles" if tiled else ", packed"
         model.set_attn_implementation(_registered_attention())
         self._first_position = native.first_position(model)
+        self._tiled = tiled
 
     def _states(self, ids: torch.Tensor, types: torch.Tensor, offsets: NDArray[np.int64]) -> dict[int, torch.Tensor]:
         """layer -> states [tokens, width] of texts sorted by falling length."""
         span = slice(int(offsets[0]), int(offsets[-1]))
         offsets = offsets - offsets[0]
-        starts = self._moved(offsets)
+        edges = self._moved(offsets)
         longest = int(offsets[1])
         tokens = torch.arange(int(offsets[-1]), device=self._device)
-        positions = tokens - starts[torch.searchsorted(starts, tokens, right=True) - 1] + self._first_position
+        starts = edges[torch.searchsorted(edges, tokens, right=True) - 1]
+        positions = tokens - starts + self._first_position
         inputs: dict[str, Any] = {"input_ids": ids[None, span], "position_ids": positions[None]}
         if self._types:
             inputs["token_type_ids"] = types[None, span]
-        edges = starts.to(torch.int32)
-        lengths_of = {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
-        return self._run({**inputs, **lengths_of})
+        edges = edges.to(torch.int32)
+        inputs |= {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
+        if self._tiled and longest <= _SHORT:
+            inputs["text_starts"] = starts.to(torch.int32)
+        return self._run(inputs)
 
 
 def _why_not_varlen(model: Any) -> str:
@@ -320,6 +349,8 @@ def _why_not_varlen(model: Any) -> str:
         return f"some layers of {type(model).__name__} attend within a window"
     if model.dtype == torch.float32:
         return "it has no float32"
+    if torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability() < (8, 0):
+        return f"{torch.cuda.get_device_name()} is older than its kernels"
     try:
         from torch.nn.attention.varlen import varlen_attn  # noqa: F401
     except ImportError:
@@ -344,6 +375,7 @@ def _attention(
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int = 0,
+    text_starts: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention within each of the texts that lie one after another.
@@ -352,6 +384,7 @@ def _attention(
         query, key, value: [1, heads, tokens, depth] each.
         cu_seq_lens_q: [texts + 1] where each text begins, and the end.
         max_length_q: tokens of the longest.
+        text_starts: [tokens] where the text of each begins, if they are short and are to share tiles.
 
     Returns:
         [1, tokens, heads, depth], and no weights.
@@ -359,17 +392,22 @@ def _attention(
     if cu_seq_lens_q is None:
         raise CheckpointError(f"{type(module).__name__} does not hand the texts' lengths to its attention.")
     query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if text_starts is not None:
+        from bertray import attention
+
+        return attention.within_texts(query, key, value, text_starts, max_length_q, scale).unsqueeze(0), None
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
         packed: Any = varlen_attn(
-            query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling
+            query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scale
         )
         return packed.unsqueeze(0), None
     out = torch.empty_like(query)
     for start, stop in pairwise(cu_seq_lens_q.tolist()):  # without a GPU: for tests
         q, k, v = (part[start:stop].transpose(0, 1)[None] for part in (query, key, value))
-        out[start:stop] = F.scaled_dot_product_attention(q, k, v, scale=scaling)[0].transpose(0, 1)
+        out[start:stop] = F.scaled_dot_product_attention(q, k, v, scale=scale)[0].transpose(0, 1)
     return out.unsqueeze(0), None
 
 

@@ -129,6 +129,18 @@ def test_packed_without_padding(model, wanted, tokens):
         np.testing.assert_allclose(backend.start(tokens)(), one_at_a_time(model, tokens, wanted), atol=1e-5)
 
 
+def test_packed_with_short_texts_in_tiles(model):
+    """The same with bertray's kernel for short texts, interpreted where there is no GPU; the first text is too long."""
+    pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
+    if "window" in (reason := backends._why_not_varlen(model)):
+        pytest.skip(reason)
+    backend = VarlenBackend(copy.deepcopy(model).half(), "fp16", MEAN, "cpu", tiled=True)
+    tokens = tokens_of(LENGTHS)
+    for budget in (4096, 50):
+        backend.budget = budget
+        np.testing.assert_allclose(backend.start(tokens)(), one_at_a_time(model, tokens, MEAN), atol=0.02)
+
+
 @pytest.mark.parametrize(("precision", "least"), [("fp32", 0.999999), ("int16", 0.9999), ("int8", 0.99)])
 def test_native(model, wanted, tokens, precision, least):
     if reason := native.why_not(model):
@@ -188,18 +200,48 @@ def test_a_backend_that_differs_is_not_used(small, monkeypatch, caplog):
             return lambda: finish() + 0.3 * np.arange(self._model.config.hidden_size)
 
     monkeypatch.setattr(backends, "_automatic", lambda model, device: ["bf16", "fp32"])
-    right = backends._build
+    right = backends._built
     monkeypatch.setattr(
         backends,
-        "_build",
+        "_built",
         lambda model, precision, features, *rest: (
-            Wrong(model, "bf16", features, "cpu") if precision == "bf16" else right(model, precision, features, *rest)
+            [Wrong(model, "bf16", features, "cpu")] if precision == "bf16" else right(model, precision, features, *rest)
         ),
     )
     assert backends.choose(small, "auto", MEAN, "cpu").precision == "fp32"
     assert "is not used" in caplog.text
     with pytest.raises(CheckpointError, match="precision bf16 gives other vectors than fp32"):
         backends.choose(small, "bf16", MEAN, "cpu")
+
+
+def test_packed_attention_that_fails_gives_way_and_says_so(small, monkeypatch, caplog):
+    class Failing(VarlenBackend):
+        def start(self, tokens):
+            raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(
+        backends,
+        "_built",
+        lambda model, precision, features, device, threads: (
+            kind(copy.deepcopy(model), precision, features, device) for kind in (Failing, VarlenBackend, TorchBackend)
+        ),
+    )
+    assert type(backends.choose(small, "fp32", MEAN, "cpu")) is VarlenBackend
+    (line,) = (record.message for record in caplog.records)
+    assert line == "encoder: fp32 by torch on cpu, packed cannot be used here: No module named 'triton'"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("precision", ["auto", "bf16", "fp16", "fp32"])
+def test_on_a_gpu(model, precision):
+    tokens = tokens_of(LENGTHS)
+    last = features("mean", "last", 2)
+    backend = backends.choose(model, precision, last, "cuda")
+    for budget in (65_536, 50):  # the first text too long for tiles, and all together
+        backend.budget = budget
+        assert backends._least_cosine(backend.start(tokens)(), one_at_a_time(model, tokens, last)) > 0.999
+    packs = precision != "fp32" and not isinstance(model, ModernBertModel) and torch.cuda.get_device_capability() > (8,)
+    assert backend.name.endswith("packed, short texts in tiles") == packs
 
 
 @pytest.fixture

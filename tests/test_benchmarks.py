@@ -50,6 +50,15 @@ def test_a_small_run_tells_the_machine(printed):
     assert re.search(r"^- matrix products by torch, .*: fp32 \d", printed, re.M)
 
 
+def test_without_a_gpu_attention_is_not_measured():
+    command = [sys.executable, "-m", "benchmarks.attention"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, env={"CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert done.returncode == 1
+    assert done.stderr == "benchmarks.attention: there is no GPU here. Run it where torch.cuda.is_available().\n"
+
+
 def test_unknown_contestants_are_named():
     command = [sys.executable, "-m", "benchmarks.engine", "--only", "notebok"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
