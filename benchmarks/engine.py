@@ -89,7 +89,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--write", action="store_true", help="put the outcome into RESULTS.md, with a plot")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    usual = {"cpu": 2000, "cuda": 20_000}[options.device]
+    usual = {"cpu": 2000, "cuda": 40_000}[options.device]
     options.texts = options.texts or (256 if options.quick else usual)
     options.rounds = options.rounds or (2 if options.quick else 5)
     return options

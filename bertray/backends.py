@@ -28,8 +28,9 @@ from bertray.tokens import Tokens
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Tokens that go through the encoder at once: enough to fill the device, little enough to stay in its caches.
 _BUDGETS = {"cpu": 4096, "cuda": 65_536}
-# Texts that are sorted and packed together.
-_BLOCKS = {"cpu": native.BLOCK, "cuda": 32_768}
+# Texts that are sorted and packed together: on CUDA a few packs of short ones, so that even a unit of 20,000 rows has
+# several blocks, of which one is prepared and one is brought back while another is encoded.
+_BLOCKS = {"cpu": native.BLOCK, "cuda": 8192}
 _ATTENTION = "bertray_varlen"
 _SHORT = 64  # tokens of the texts that share tiles in attention: longer ones fill those of their own
 _FIDELITY = 0.999  # least cosine to fp32 that `auto` takes
