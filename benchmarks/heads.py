@@ -101,7 +101,8 @@ def _together(x: Any, y: Any, folds: Any) -> tuple[Any, Callable[[], Any]]:
     import torch
 
     from bertray.samples import Share
-    from bertray.solvers import Trial, held_out, solve
+    from bertray.solvers import held_out, solve
+    from bertray.trials import Trial
 
     samples: Any = _Vectors(*map(torch.from_numpy, (x, y, folds)), torch.ones(len(x)), int(y.max()) + 1)
     trials, spec = [Trial(*trial) for trial in TRIALS], _SPEC

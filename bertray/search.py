@@ -18,9 +18,10 @@ from bertray.features import Feature, features, named, parse
 from bertray.heads import LinearHead, probabilities
 from bertray.progress import log
 from bertray.samples import Samples, Share, Wanted
-from bertray.solvers import Record, Trial, held_out, solve
+from bertray.solvers import held_out, solve
 from bertray.spans import null_margin
 from bertray.spec import Head
+from bertray.trials import Record, Trial
 
 METRICS = {"name": "accuracy", "names": "micro F1", "number": "R2", "tokens": "entity F1", "answers": "log likelihood"}
 ALWAYS = 1e9  # a margin that no answer never has: there is always one

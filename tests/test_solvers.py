@@ -11,9 +11,11 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
-from bertray import solvers
+from bertray import descent, lbfgs, solvers
+from bertray.design import Rows
 from bertray.samples import Share
-from bertray.solvers import Trial, held_out, solve
+from bertray.solvers import held_out, solve
+from bertray.trials import Counting, Trial
 
 ALONE = Share(0, 1)
 SPEC = dict(
@@ -221,7 +223,7 @@ def test_workers_end_where_one_does(kind, optimizer, combine):
 
 @pytest.mark.parametrize("kind", ["span", "sigmoid"])
 def test_workers_with_groups_of_other_sizes_gather_batches_alike(kind, monkeypatch):
-    monkeypatch.setattr(solvers, "_ROWS", 32)
+    monkeypatch.setattr(descent, "ROWS", 32)
     samples, settings = made(kind, rows=97, grouped=True), spec(optimizer="adam", batch_size=2)
     alone, _ = fitted(samples, [Trial(0.05)], settings)
     for heads in by_workers(samples, [Trial(0.05)], settings, 3):
@@ -230,7 +232,7 @@ def test_workers_with_groups_of_other_sizes_gather_batches_alike(kind, monkeypat
 
 @pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
 def test_without_room_vectors_are_taken_again_each_time(optimizer, monkeypatch):
-    monkeypatch.setattr(solvers, "_ROOM", 1)  # and trials are solved one after another
+    monkeypatch.setattr(lbfgs, "_ROOM", 1)  # and trials are solved one after another
     settings = spec(optimizer=optimizer, standardize=True)
     trials = [Trial(0.01), Trial(0.1)]
     held, streamed = (fitted(made(spare=spare), trials, settings)[0] for spare in (1 << 30, 0))
@@ -249,23 +251,6 @@ def test_a_mix_is_no_worse_than_equal_shares():
     shares = blocks[:, :, 0] / blocks[:, :, 0].sum(1, keepdims=True)
     np.testing.assert_allclose(blocks, shares[:, :, None] * blocks.sum(1, keepdims=True), atol=1e-5)
     assert (shares > 0).all()
-
-
-def test_the_gradient_of_a_mix_is_the_numerical_one():
-    form = solvers._Form(2, 6, 3)
-    generator = torch.Generator().manual_seed(0)
-    flat = torch.randn(2, form.size, dtype=torch.float64, generator=generator)
-    by_weight, by_bias = (torch.randn(2, 2, *n, dtype=torch.float64, generator=generator) for n in ([6], []))
-
-    def value(flat):
-        weight, bias = form.spread(flat)
-        return float((weight * by_weight).sum() + (bias * by_bias).sum())
-
-    gradient = form.gather(flat, by_weight, by_bias)
-    for place in range(flat.numel()):
-        change = torch.zeros_like(flat)
-        change.view(-1)[place] = 1e-6
-        assert np.isclose((value(flat + change) - value(flat - change)) / 2e-6, float(gradient.view(-1)[place]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -300,7 +285,7 @@ def test_separable_rows_without_a_penalty_end(dtype):
 def test_vectors_too_wide_to_decompose(monkeypatch):
     samples = made()
     expected, _ = fitted(samples, [Trial(0.01)], spec())
-    monkeypatch.setattr(solvers, "_WIDE", 4)
+    monkeypatch.setattr(lbfgs, "_WIDE", 4)
     close(fitted(samples, [Trial(0.01)], spec())[0], expected, 1e-5)
 
 
@@ -349,7 +334,7 @@ def test_early_stopping_keeps_the_best_epoch():
 
 
 def test_every_row_is_judged_by_the_head_that_has_not_seen_it(monkeypatch):
-    monkeypatch.setattr(solvers, "_ROWS", 7)
+    monkeypatch.setattr(solvers, "ROWS", 7)
     samples = made()
     samples.folds[5] = 9
     trials = [Trial(l2, fold) for l2 in (0.01, 1) for fold in (2, 0, 1)]
@@ -388,9 +373,9 @@ def test_the_steps_are_those_of_torch(optimizer):
 
 def test_batches_are_drawn_over_groups():
     samples = made("squared", grouped=True)
-    rows = solvers._Rows.of(samples, ALONE, False, False, torch.float32)
-    counting = solvers._Counting(samples, [-1, 0], torch.float32)
-    found = list(solvers._batches(rows, counting, 7, 3, torch.Generator().manual_seed(0), ALONE))
+    rows = Rows.of(samples, ALONE, False, False, torch.float32)
+    counting = Counting(samples, [-1, 0], torch.float32)
+    found = list(descent._batches(rows, counting, 7, 3, torch.Generator().manual_seed(0), ALONE))
     assert sum(batch.size for batch in found) == samples.count
     assert {len(batch.edges) - 1 for batch in found[:-1]} == {7}
     seen = torch.cat([batch.x for batch in found])
