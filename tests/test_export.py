@@ -385,7 +385,7 @@ def test_layers_stay_where_a_family_ties_more_to_their_number(make, family, tmp_
 
 
 def test_padding_that_changes_answers_is_found(make, family, tmp_path, monkeypatch):
-    from bertray.export import _wrapper_module
+    from bertray.models import _wrapper_module
 
     def careless():
         module = _wrapper_module()
@@ -393,7 +393,7 @@ def test_padding_that_changes_answers_is_found(make, family, tmp_path, monkeypat
         module._pooled = lambda name, states, mask, pooler: pooled(name, states, torch.ones_like(mask), pooler)
         return module
 
-    monkeypatch.setattr("bertray.export._wrapper_module", careless)
+    monkeypatch.setattr("bertray.models._wrapper_module", careless)
     with pytest.raises(BundleError, match="with padding, answers otherwise than alone, by 0"):
         export(make("mean_2"), "transformers", str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
@@ -426,7 +426,7 @@ def test_onnx_of_a_real_encoder(make, minilm, tmp_path, onnx):
 
 
 def test_onnx_takes_pairs(make, tmp_path, onnx, monkeypatch):
-    monkeypatch.setattr("bertray.export._ONE_FILE", 0)  # as if it were large
+    monkeypatch.setattr("bertray.writers._ONE_FILE", 0)  # as if it were large
     bundle = make("max_1", pair="cross", max_length=24, problem="multi_label")
     assert "model.onnx.data" in export(bundle, "onnx", str(tmp_path / "out"))["files"]
     expected = [answers(bundle, *both) for both in zip(TEXTS, PAIRS, strict=True)]
