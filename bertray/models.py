@@ -38,7 +38,11 @@ def stock(parts: Parts) -> Any:
     auto = getattr(transformers, f"AutoModel{_CLASSES[bundle.task]}")
     try:
         model = auto.from_pretrained(
-            parts.checkpoint.folder, config=config, dtype=torch.float32, local_files_only=True
+            parts.checkpoint.folder,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # of a head of its own for other labels: the bundle's takes its place
         ).eval()
     except ValueError:  # the family has no such class
         return None

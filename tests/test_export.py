@@ -214,6 +214,19 @@ def test_they_answer_as_bertray_predicts(make, minilm, tmp_path, pooling):
     assert [bundle.labels[i] for i in found.argmax(1)] == expected.labels
 
 
+def test_a_checkpoint_that_has_a_head_for_other_labels(make, tiny, tmp_path):
+    """Such as one that was fine-tuned: the bundle's head takes the place of its own."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    own = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=2)
+    own.save_pretrained(tmp_path / "tuned")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "tuned")
+    bundle = make("pooler_2", folder=tmp_path / "tuned")
+    assert not export(bundle, "transformers", str(tmp_path / "out"))["wrapper"]
+    expected = [answers(bundle, text) for text in TEXTS]
+    np.testing.assert_allclose(by_pipeline(tmp_path / "out", bundle, TEXTS), expected, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("features", "stock"),
     [(("first_2",), True), (("first_1",), True), (("first_0",), False), (("first_1", "first_2"), False)],
