@@ -46,10 +46,10 @@ def _row(length: int, rounds: int) -> dict[str, str]:
     texts = _TOKENS // length
     parts = [torch.randn(texts * length, _HEADS, _DEPTH, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
     edges = torch.arange(0, texts * length + 1, length, dtype=torch.int32, device="cuda")
-    starts, scale = edges[:-1].repeat_interleave(length), _DEPTH**-0.5
+    bounds, scale = [each.repeat_interleave(length) for each in (edges[:-1], edges[1:])], _DEPTH**-0.5
 
     def tiles() -> torch.Tensor:
-        return attention.within_texts(*parts, starts, length, scale)
+        return attention.within_texts(*parts, *bounds, scale)
 
     def varlen() -> torch.Tensor:
         return varlen_attn(*parts, edges, edges, length, length, scale=scale)

@@ -13,13 +13,12 @@ _QUERIES = _KEYS = 64  # tokens of a tile
 _LOG2_E = 1.4426950408889634
 
 
-def within_texts(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scale: float) -> Tensor:
+def within_texts(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, stops: Tensor, scale: float) -> Tensor:
     """Attention of each token to those of its own text.
 
     Args:
         query, key, value: [tokens, heads, depth] of float16 or bfloat16, the numbers of a head side by side in memory.
-        starts: [tokens] int32, for each token the place at which its text starts.
-        longest: tokens of the longest text.
+        starts, stops: [tokens] int32 each, for each token where its text starts and where it ends.
         scale: what products of queries and keys are multiplied with.
 
     Returns:
@@ -30,12 +29,12 @@ def within_texts(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, long
     strides = [number for part in (query, key, value, out) for number in part.stride()[:2]]
     grid = (triton.cdiv(tokens, _QUERIES), heads)
     padded = max(16, triton.next_power_of_2(depth))  # the least that tensor cores multiply
-    sizes = (tokens, longest, scale * _LOG2_E, depth, padded, _QUERIES, _KEYS)
-    _kernel[grid](query, key, value, out, *strides, starts, *sizes)
+    sizes = (tokens, scale * _LOG2_E, depth, padded, _QUERIES, _KEYS)
+    _kernel[grid](query, key, value, out, *strides, starts, stops, *sizes)
     return out
 
 
-@triton.jit(do_not_specialize=["tokens", "longest"])  # or it would be compiled again for some of their numbers
+@triton.jit(do_not_specialize=["tokens"])  # or it would be compiled again for some numbers
 def _kernel(
     query,
     key,
@@ -50,8 +49,8 @@ def _kernel(
     out_token,
     out_head,
     starts,
+    stops,
     tokens,
-    longest,
     scale,  # to powers of two, which are faster than those of e
     DEPTH: tl.constexpr,
     PADDED: tl.constexpr,
@@ -67,7 +66,7 @@ def _kernel(
     q = tl.load(query + place * query_token + head * query_head + depth, there, 0.0)
     first = tl.load(starts + tl.program_id(0) * QUERIES)
     last = tl.minimum(tl.program_id(0) * QUERIES + QUERIES, tokens) - 1
-    stop = tl.minimum(tl.load(starts + last) + longest, tokens)
+    stop = tl.load(stops + last)
     highest = tl.full([QUERIES], -1e30, tl.float32)  # finite, so that a block without keys of a text changes nothing
     total = tl.zeros([QUERIES], tl.float32)
     mixed = tl.zeros([QUERIES, PADDED], tl.float32)

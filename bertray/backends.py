@@ -32,7 +32,7 @@ _BUDGETS = {"cpu": 4096, "cuda": 65_536}
 # several blocks, of which one is prepared and one is brought back while another is encoded.
 _BLOCKS = {"cpu": native.BLOCK, "cuda": 8192}
 _ATTENTION = "bertray_varlen"
-_SHORT = 64  # tokens of the texts that share tiles in attention: longer ones fill those of their own
+_SHORT = 64  # tokens a text, on average, up to which they share tiles in attention: longer ones fill those of their own
 _FIDELITY = 0.999  # least cosine to fp32 that `auto` takes
 _SAME = 0.9  # a lower one is no matter of precision: the backend does not fit the model
 
@@ -330,15 +330,16 @@ class VarlenBackend(TorchBackend):
         edges = self._moved(offsets)
         longest = int(offsets[1])
         tokens = torch.arange(int(offsets[-1]), device=self._device)
-        starts = edges[torch.searchsorted(edges, tokens, right=True) - 1]
+        behind = torch.searchsorted(edges, tokens, right=True)
+        starts = edges[behind - 1]
         positions = tokens - starts + self._first_position
         inputs: dict[str, Any] = {"input_ids": ids[None, span], "position_ids": positions[None]}
         if self._types:
             inputs["token_type_ids"] = types[None, span]
+        if self._tiled and offsets[-1] <= _SHORT * (len(offsets) - 1):
+            inputs["text_bounds"] = starts.to(torch.int32), edges[behind].to(torch.int32)
         edges = edges.to(torch.int32)
         inputs |= {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
-        if self._tiled and longest <= _SHORT:
-            inputs["text_starts"] = starts.to(torch.int32)
         return self._run(inputs)
 
 
@@ -376,7 +377,7 @@ def _attention(
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int = 0,
-    text_starts: torch.Tensor | None = None,
+    text_bounds: tuple[torch.Tensor, torch.Tensor] | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention within each of the texts that lie one after another.
@@ -385,7 +386,7 @@ def _attention(
         query, key, value: [1, heads, tokens, depth] each.
         cu_seq_lens_q: [texts + 1] where each text begins, and the end.
         max_length_q: tokens of the longest.
-        text_starts: [tokens] where the text of each begins, if they are short and are to share tiles.
+        text_bounds: [tokens] each, where the text of each token starts and ends, if texts are to share tiles.
 
     Returns:
         [1, tokens, heads, depth], and no weights.
@@ -394,10 +395,10 @@ def _attention(
         raise CheckpointError(f"{type(module).__name__} does not hand the texts' lengths to its attention.")
     query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if text_starts is not None:
+    if text_bounds is not None:
         from bertray import attention
 
-        return attention.within_texts(query, key, value, text_starts, max_length_q, scale).unsqueeze(0), None
+        return attention.within_texts(query, key, value, *text_bounds, scale).unsqueeze(0), None
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 

@@ -223,7 +223,12 @@ def _stamp(file: FileInfo) -> str:
     if file.size > _HASHED_BYTES or not location.local:
         return file.stamp
     with reading(file.url):
-        return hashlib.sha256(location.read()).hexdigest()
+        return location.patiently(lambda: _sha256(location.path))
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as stream:  # a piece at a time: several files are hashed at once
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @lru_cache(8)

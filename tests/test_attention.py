@@ -15,12 +15,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def packed(lengths, heads, depth, dtype):
-    """Random queries, keys and values of texts one after another, and for each token where its text starts."""
+    """Random queries, keys and values of texts one after another, and for each token where its text starts and ends."""
     torch.manual_seed(0)
     edges = np.cumsum([0, *lengths])
     parts = torch.randn(edges[-1], 3, heads, depth, device=DEVICE).to(dtype).unbind(1)  # not side by side in memory
-    starts = torch.from_numpy(np.repeat(edges[:-1], lengths).astype(np.int32)).to(DEVICE)
-    return parts, starts, edges.tolist()
+    bounds = [
+        torch.from_numpy(np.repeat(each, lengths).astype(np.int32)).to(DEVICE) for each in (edges[:-1], edges[1:])
+    ]
+    return parts, bounds, edges.tolist()
 
 
 def text_by_text(parts, edges, scale):
@@ -39,20 +41,21 @@ def text_by_text(parts, edges, scale):
         [64, 64, 64, 64],
         [33, 33, 33, 20, 20, 20, 20, 7, 1],
         [63, 62, 40, 17, 17, 17, 16, 15, 2, 1, 1],
+        [300, 9, 9, 130, 9, 9],
         [21] * 61,
     ],
     ids=lambda lengths: f"{len(lengths)} up to {lengths[0]}",
 )
 def test_each_text_attends_to_itself(lengths, depth):
-    parts, starts, edges = packed(lengths, 3, depth, torch.float16)
-    found = attention.within_texts(*parts, starts, max(lengths), 0.3)
+    parts, bounds, edges = packed(lengths, 3, depth, torch.float16)
+    found = attention.within_texts(*parts, *bounds, 0.3)
     torch.testing.assert_close(found.float(), text_by_text(parts, edges, 0.3), atol=4e-3, rtol=4e-3)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter cannot multiply bfloat16")
 def test_bfloat16():
-    parts, starts, edges = packed([33, 33, 33, 20, 20, 20, 20, 7, 1], 3, 64, torch.bfloat16)
-    found = attention.within_texts(*parts, starts, 33, 0.125)
+    parts, bounds, edges = packed([33, 33, 33, 20, 20, 20, 20, 7, 1], 3, 64, torch.bfloat16)
+    found = attention.within_texts(*parts, *bounds, 0.125)
     torch.testing.assert_close(found.float(), text_by_text(parts, edges, 0.125), atol=2e-2, rtol=2e-2)
 
 
@@ -61,10 +64,10 @@ def test_bfloat16():
 @pytest.mark.parametrize("wrong", [float("inf"), float("nan")])
 def test_what_is_no_number_stays_in_its_text(part, wrong):
     lengths = [20, 9, 9, 5]
-    parts, starts, edges = packed(lengths, 2, 16, torch.float16)
-    whole = attention.within_texts(*parts, starts, 20, 0.25)
+    parts, bounds, edges = packed(lengths, 2, 16, torch.float16)
+    whole = attention.within_texts(*parts, *bounds, 0.25)
     parts[part][edges[1] + 4, 0, 3] = wrong  # the second text's fifth token, in the first head
-    found = attention.within_texts(*parts, starts, 20, 0.25)
+    found = attention.within_texts(*parts, *bounds, 0.25)
     second = slice(edges[1], edges[2])
     bad = ~text_by_text(parts, edges, 0.25).isfinite()
     assert bad.any() and not found[bad].isfinite().any()

@@ -130,7 +130,7 @@ def test_packed_without_padding(model, wanted, tokens):
 
 
 def test_packed_with_short_texts_in_tiles(model):
-    """The same with bertray's kernel for short texts, interpreted where there is no GPU; the first text is too long."""
+    """The same with bertray's kernel for short texts, interpreted without a GPU; the first text alone is too long."""
     pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
     if "window" in (reason := backends._why_not_varlen(model)):
         pytest.skip(reason)
@@ -237,7 +237,7 @@ def test_on_a_gpu(model, precision):
     tokens = tokens_of(LENGTHS)
     last = features("mean", "last", 2)
     backend = backends.choose(model, precision, last, "cuda")
-    for budget in (65_536, 50):  # the first text too long for tiles, and all together
+    for budget in (65_536, 50):  # all in tiles; the first text, by itself, too long for them
         backend.budget = budget
         assert backends._least_cosine(backend.start(tokens)(), one_at_a_time(model, tokens, last)) > 0.999
     packs = precision != "fp32" and not isinstance(model, ModernBertModel) and torch.cuda.get_device_capability() > (8,)
