@@ -30,7 +30,8 @@ def within_texts(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, stop
     grid = (triton.cdiv(tokens, _QUERIES), heads)
     padded = max(16, triton.next_power_of_2(depth))  # the least that tensor cores multiply
     sizes = (tokens, scale * _LOG2_E, depth, padded, _QUERIES, _KEYS)
-    _kernel[grid](query, key, value, out, *strides, starts, stops, *sizes)
+    # A tile meets two or three blocks of keys: no more than two need to be on their way at once.
+    _kernel[grid](query, key, value, out, *strides, starts, stops, *sizes, num_stages=2)
     return out
 
 
