@@ -82,6 +82,14 @@ class Survey:
         """Bytes that so many workers read in all: each passes over what others encode of a part that it needs."""
         return sum(size * min(workers, math.ceil(units / blocks)) for size, units, blocks in self.parts)
 
+    def counted_bytes(self, tasks: int) -> float:
+        """Bytes that each of so many tasks at once reads before units can be cut: all of files that have to be read to
+        know how many rows they hold. A file is read by one of them."""
+        if self.format == "parquet":
+            return 0.0
+        sizes = [size for size, _, _ in self.parts]
+        return max(self.bytes / min(tasks, len(sizes)), max(sizes))
+
     def opened(self, workers: int) -> int:
         """How often a file is opened by some worker."""
         return sum(min(workers, units) for _, units, _ in self.parts)

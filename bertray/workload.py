@@ -36,6 +36,7 @@ _READS_A_UNIT, _WRITES_A_UNIT, _READS_A_FILE = 6, 3, 4
 _UPLOAD_BYTES = 10 << 20  # more go up in parts, which takes two requests more
 _DOWNLOAD_BYTES = {"csv": 16 << 20, "tsv": 16 << 20, "parquet": 64 << 20, "arrow": 64 << 20}
 _LINE_BYTES = 1 << 20  # of all other formats
+_COUNTING = 8  # files at once on a machine by itself, as sources has it
 _KINDS = ("encoding", "tokenizing", "rows", "store", "requests")  # of work that goes on side by side
 
 
@@ -185,12 +186,14 @@ class Work:
             "requests": max(self.requests[name] / limits[name] for name in ("reads", "writes")),
         }
         self.pace = max(kinds, key=lambda name: kinds[name])
+        self.counted = sum(part.survey.counted_bytes(max(_COUNTING, workers)) for part in parts)
         share = self.units / workers
         self.waves = math.ceil(share)
         self.idle = 1 - share / self.waves
         tail = kinds[self.pace] * (self.waves / share - 1)
-        self.seconds = {"start": float(table()["start"]["seconds"]), **kinds, "tail": tail}
-        self.total = self.seconds["start"] + kinds[self.pace] + tail
+        before = {"start": float(table()["start"]["seconds"]), "counting": self.counted / (bandwidth * 1e6)}
+        self.seconds = {**before, **kinds, "tail": tail}
+        self.total = sum(before.values()) + kinds[self.pace] + tail
         self.seconds["total"] = self.total
 
     def _requests(self, remote: bool) -> dict[str, int]:
@@ -214,6 +217,9 @@ class Work:
         each = f"/ {self.devices.workers} process{'es' * (self.devices.workers > 1)}"
         rows, limits = known["rows"], known["requests"]
         yield f"start {seconds['start']:.1f} s: {known['start']['where']}"
+        if self.counted:
+            told = f"{size(self.counted)} / {self.bandwidth:g} MB/s"
+            yield f"counting {seconds['counting']:,.1f} s = {told}: rows, before units are cut; Parquet tells its own"
         yield f"encoding {_terms(seconds['encoding'], self.tokens, self.rate.tokens_per_second)} tokens {each}"
         yield f"tokenizing {_terms(seconds['tokenizing'], self.tokenized, self.speed)} tokens {each}: measured here"
         yield f"rows {_terms(seconds['rows'], self.rows, rows['per_second'])} rows {each}: {rows['where']}"
@@ -223,7 +229,8 @@ class Work:
             each_kind = (f"{self.requests[kind]:,} {kind} / {limits[kind]:,} a second" for kind in ("reads", "writes"))
             yield f"requests {seconds['requests']:,.1f} s, the longer of {' and '.join(each_kind)}: {limits['where']}"
         rounded = f"{self.waves} / {self.units / self.devices.workers:.4g} (units a process, rounded up)"
-        yield f"total {self.total:,.1f} s = start + {self.pace}, the longest, x {rounded}"
+        before = "start + counting" if self.counted else "start"
+        yield f"total {self.total:,.1f} s = {before} + {self.pace}, the longest, x {rounded}"
 
     def bottleneck(self) -> dict[str, str]:
         """What keeps the job from being done sooner, why, and what to do."""

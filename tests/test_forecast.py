@@ -114,12 +114,14 @@ def test_the_hours_can_be_reckoned_from_what_is_told(tmp_path, tiny):
     assert seconds["encoding"] == pytest.approx(found["tokens"] / rate / 3, rel=0.01, abs=0.002)
     pace = max(seconds[name] for name in ("encoding", "tokenizing", "rows", "store", "requests"))
     share = found["units"] / workers
-    total = seconds["start"] + pace * np.ceil(share) / share
+    assert seconds["counting"] == pytest.approx((tmp_path / "rows.jsonl").stat().st_size / 125e6, abs=0.001)
+    total = seconds["start"] + seconds["counting"] + pace * np.ceil(share) / share
     assert seconds["total"] == pytest.approx(total, rel=0.01)
     assert found["hours"] == pytest.approx(total / 3600, rel=0.01)
     assert found["cost"] == pytest.approx(0.8 * 3 * found["hours"])
     assert found["rate"]["kind"] == "estimate"
     text = "\n".join(lines(found))
+    assert "start + counting + " in text
     assert "ESTIMATE" in text and "published: NVIDIA" in text
     for number in (f"{found['tokens']:,}", f"{found['rows']:,}", f"{found['units']:,} units"):
         assert number in text
