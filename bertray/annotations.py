@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 NESTED = ("names", "number", "tokens", "answers")  # forms whose cells are read as JSON
 OUTSIDE = "O"
+_LARGEST = float(np.finfo(np.float32).max)  # number that a head is fitted to
 
 
 def form_of(task: str, problem: str) -> str:
@@ -113,9 +114,9 @@ def _names(cell: Any, *_: Any) -> str:
 def _number(cell: Any, *_: Any) -> str:
     try:
         number = float(cell) if isinstance(cell, str | int | float) and not isinstance(cell, bool) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= _LARGEST or (isinstance(cell, str) and "_" in cell):  # Python reads 1_000
         raise Wrong("is no number")
     return repr(number)
 

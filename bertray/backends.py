@@ -32,6 +32,7 @@ _BUDGETS = {"cpu": 4096, "cuda": 65_536}
 # several blocks, of which one is prepared and one is brought back while another is encoded.
 _BLOCKS = {"cpu": native.BLOCK, "cuda": 8192}
 _ATTENTION = "bertray_varlen"
+_PACKED = (*native.FAMILIES, "distilbert")  # families in which nothing but attention goes across tokens
 _SHORT = 64  # tokens a text, on average, up to which they share tiles in attention: longer ones fill those of their own
 _FIDELITY = 0.999  # least cosine to fp32 that `auto` takes
 _SAME = 0.9  # a lower one is no matter of precision: the backend does not fit the model
@@ -117,7 +118,8 @@ def _built(model: Any, precision: str, features: Sequence[Feature], device: str,
     reason = "it is for CPUs" if device != "cpu" else native.why_not(model)
     if precision in native.PRECISIONS and not reason:
         yield native.NativeBackend(model, precision, features, threads)
-        return
+        if precision != "fp32":  # which torch computes too
+            return
     if precision not in _DTYPES:
         raise CheckpointError(f"encoder.precision {precision} cannot be had here: {reason}. Set it to auto.")
     if (device, precision) != ("cpu", "fp32"):  # as it came; other candidates may need it like that
@@ -332,7 +334,10 @@ class VarlenBackend(TorchBackend):
         tokens = torch.arange(int(offsets[-1]), device=self._device)
         behind = torch.searchsorted(edges, tokens, right=True)
         starts = edges[behind - 1]
-        positions = tokens - starts + self._first_position
+        # RoBERTa's kin number tokens from behind that of the padding, which keeps its place where a text has it.
+        real = ids[span] != self._first_position - 1 if self._first_position else torch.ones_like(tokens)
+        counts = real.cumsum(0)
+        positions = (counts - (counts - real.long())[starts]) * real + self._first_position - 1
         inputs: dict[str, Any] = {"input_ids": ids[None, span], "position_ids": positions[None]}
         if self._types:
             inputs["token_type_ids"] = types[None, span]
@@ -349,6 +354,8 @@ def _why_not_varlen(model: Any) -> str:
         return f"{type(model).__name__} takes no position_ids"
     if any(getattr(model.config, name, None) for name in ("sliding_window", "local_attention")):
         return f"some layers of {type(model).__name__} attend within a window"
+    if model.config.model_type not in _PACKED:  # others may have ways of their own for a token to see those beside it
+        return f"{type(model).__name__} is not known to keep packed texts apart"
     if model.dtype == torch.float32:
         return "it has no float32"
     if torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability() < (8, 0):

@@ -143,4 +143,4 @@ def _spread(label: str, spans: Ints) -> NDArray[np.float32]:
 
 
 def _is_number(label: str) -> bool:
-    return label.isascii() and label.isdigit()
+    return label.isascii() and label.isdigit() and len(label) < 19

@@ -83,7 +83,7 @@ class _Minimizer:
 
         self._flat, self._mean, self._precondition, self._form, self._l2 = flat, mean, precondition, form, l2
         self._coarse = torch.finfo(flat.dtype).eps
-        self._tolerance = 1e-7 if flat.dtype == torch.float64 else 1e-5
+        self._tolerance = torch.full((len(flat),), 1e-7 if flat.dtype == torch.float64 else 1e-5, device=flat.device)
         self.active = torch.arange(len(flat), device=flat.device)
         self.history: deque[tuple[torch.Tensor, ...]] = deque(maxlen=_HISTORY)  # steps, changes of gradient, 1 / s'y
 
@@ -95,7 +95,7 @@ class _Minimizer:
         losses = self.value.clone()
         tell(float(losses.mean()))
         for _ in range(_EVALUATIONS - 1):
-            self._drop((self.steepest <= self._tolerance) | (self.idle >= _IDLE))
+            self._drop((self.steepest <= self._tolerance[self.active]) | (self.idle >= _IDLE))
             if not len(self.active):
                 return
             self._step(*self._evaluate(torch.addcmul(self.point, self.direction, self.length[:, None])))
@@ -108,6 +108,8 @@ class _Minimizer:
         self.point = self._flat.clone()
         _, self.value, self.gradient = self._evaluate(self.point)
         self.steepest = self.gradient.abs().amax(1)
+        if self._mean.kind == "squared":  # whose gradients are as small as the numbers to be told
+            self._tolerance = self._tolerance * self.steepest.clamp(max=1)
         self.idle = torch.zeros_like(self.active)
         self.factor = torch.ones_like(self.steepest)
         self.direction, self.slope = self._downhill()

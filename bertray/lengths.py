@@ -88,10 +88,10 @@ def lengths(
         if time.monotonic() > ends:
             break
     taken = np.concatenate(chunks[:done])
-    each = [of_chunk.reshape(-1, len(chunk)).sum(0) for of_chunk, chunk in zip(encoded, chunks, strict=False)]
-    by_row, flat = np.concatenate(each), np.concatenate(full)
+    each = [of_chunk.reshape(-1, len(chunk)) for of_chunk, chunk in zip(encoded, chunks, strict=False)]
+    by_row, flat = np.concatenate([of_chunk.sum(0) for of_chunk in each]), np.concatenate(full)
     within = _within(by_row, places[taken])
-    aside = int((by_row == 0).sum())
+    aside = sum(int((of_chunk == 0).any(0).sum()) for of_chunk in each)  # of a pair both texts have to be encoded
     speed = float(flat.sum()) / max(spent, 1e-9)
     return Lengths(flat, np.concatenate(encoded), len(taken), aside, words / len(taken), within, speed, spec.max_length)
 

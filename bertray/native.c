@@ -340,10 +340,11 @@ static void attend(const Model *m, const float *qkv, int n, int queries, float *
 
 /* hidden [tokens][width]: the sums of the three embeddings, normed. */
 static void embed(const Model *m, const int64_t *ids, const int64_t *types, const int64_t *offsets, long texts, float *hidden) {
+    const long padding = m->first_position - 1;  /* of RoBERTa's kin: it keeps its place where a text has it */
     for (long t = 0; t < texts; t++)
-        for (long i = offsets[t]; i < offsets[t + 1]; i++) {
+        for (long i = offsets[t], next = m->first_position; i < offsets[t + 1]; i++) {
             const float *word = m->words + ids[i] * m->width, *type = m->types + types[i] * m->width;
-            const float *position = m->positions + (i - offsets[t] + m->first_position) * m->width;
+            const float *position = m->positions + (ids[i] == padding ? padding : next++) * m->width;
             for (int j = 0; j < m->width; j++) hidden[i * m->width + j] = word[j] + position[j] + type[j];
         }
     add_norm(hidden, 0, offsets[texts], m->width, &m->embeddings, m->epsilon);

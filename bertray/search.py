@@ -148,8 +148,7 @@ def fit_one(
     weight = head.weight / choice.temperature
     if setting.combine == "mean":  # the same over features side by side
         count = len(setting.features)
-        parts = np.split(weight, samples.times, 1)
-        weight = np.concatenate([np.tile(part / count, (1, count)) for part in parts], 1)
+        weight = np.tile(weight / count, (1, count))
     return LinearHead(np.ascontiguousarray(weight, np.float32), head.bias / np.float32(choice.temperature))
 
 
@@ -312,6 +311,8 @@ def _least_margin(choice: Choice, lengths: Sequence[float]) -> float:
     order = np.argsort(-margins)
     right = np.cumsum(none[order]) + (~none).sum() - np.cumsum(~none[order])  # if the first so many get no answer
     best = int(right.argmax())
+    if (~none).sum() > right[best]:  # if all are answered
+        return float(margins[order[0]]) + 1e-6
     return float(margins[order[best]]) - 1e-6
 
 

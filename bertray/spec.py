@@ -260,7 +260,11 @@ class Spec(Part):
             "encoder.states encode is for words (token-classification, question-answering), with ray.fit_workers 0",
         )
         yield siamese and (words or not pair), "encoder.pair siamese is for text-classification with data.text_pair"
-        yield siamese and "mix" in mixes, "head.combine mix cannot be had for siamese pairs"
+        related = "siamese pairs" if siamese else self.task  # differences and products of features are no means of them
+        yield (
+            (siamese or self.form == "answers") and bool(mixes - {"concat"}),
+            f"head.combine mean and mix cannot be had for {related}",
+        )
         yield self.form != "name" and head.answer_accuracy > 0, "head.answer_accuracy is for problem single_label"
         yield (
             self.form not in ("name", "tokens") and (head.class_weight != "none" or head.label_smoothing > 0),

@@ -144,13 +144,14 @@ def _with_windows(tokens: Tokens, rows: Ints, windows: list[list[Ints]], lost: N
     if tokens.segments is None:
         return cut
     first = np.cumsum(counts) - counts
-    segments = _in_windows(tokens, dict(zip(rows.tolist(), windows, strict=True)), cut.offsets, first)
+    segments, gone = _in_windows(tokens, dict(zip(rows.tolist(), windows, strict=True)), cut.offsets, first)
+    cut.truncated[first[gone]] = True
     return replace(cut, segments=segments, words=tokens.words)
 
 
-def _in_windows(tokens: Tokens, cut: dict[int, list[Ints]], offsets: Ints, first: Ints) -> Segments:
+def _in_windows(tokens: Tokens, cut: dict[int, list[Ints]], offsets: Ints, first: Ints) -> tuple[Segments, Ints]:
     """Where segments lie once long texts are cut: each in the window in which it has most tokens around it, since there
-    its states know most. One that no window holds whole is gone.
+    its states know most. One that no window holds whole is gone; also the texts of those.
 
     Args:
         tokens: before.
@@ -173,7 +174,8 @@ def _in_windows(tokens: Tokens, cut: dict[int, list[Ints]], offsets: Ints, first
             starts[segment] = offsets[rows[segment]] + around[best][1]
     order = np.flatnonzero(kept)[np.argsort(rows[kept], kind="stable")]
     edges = np.searchsorted(rows[order], np.arange(len(offsets)))
-    return Segments(starts[order], (starts + lengths)[order], edges, before.words[order])
+    gone = np.searchsorted(before.edges, np.flatnonzero(~kept), side="right") - 1
+    return Segments(starts[order], (starts + lengths)[order], edges, before.words[order]), gone
 
 
 def _around(window: Ints, start: int, length: int) -> tuple[int, int]:

@@ -85,6 +85,7 @@ class MeanLoss:
 
     def __init__(self, rows: Rows, form: Form, folds: Sequence[int], spec: Head, share: Share, left_out: bool = False):
         self._rows, self._form, self._share, self._smoothing = rows, form, share, spec.label_smoothing
+        self.kind = rows.samples.kind
         self._counting = Counting(rows.samples, folds, rows.dtype, left_out)
         self._counting.normalize(rows.samples, share)
 

@@ -65,6 +65,9 @@ def test_tags_of_words():
         ("number", float("nan"), "is no number"),
         ("number", "inf", "is no number"),
         ("number", [4], "is no number"),
+        ("number", 1e39, "is no number"),  # infinite in float32, as which it would end a fit
+        ("number", 10**400, "is no number"),
+        ("number", "1_000", "is no number"),
         ("tokens", ["O"], "is no list of objects"),
         ("tokens", 7, "is no list of ranges"),
         ("tokens", [{"start": 0, "end": 3}], "is no list of objects"),

@@ -141,6 +141,39 @@ def test_packed_with_short_texts_in_tiles(model):
         np.testing.assert_allclose(backend.start(tokens)(), one_at_a_time(model, tokens, MEAN), atol=0.02)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_padding_token_in_a_text_keeps_its_place(model, packed):
+    """As transformers counts the positions of RoBERTa's kin."""
+    reason = backends._why_not_varlen(model) if packed else native.why_not(model)
+    if reason and "float32" not in reason:
+        pytest.skip(reason)
+    tokens = tokens_of(LENGTHS)
+    tokens.ids[[3, 75, 76, 223]] = 1
+    kind = VarlenBackend if packed else native.NativeBackend
+    backend = kind(copy.deepcopy(model), "fp32", MEAN, *(["cpu"] if packed else []))
+    np.testing.assert_allclose(backend.start(tokens)(), one_at_a_time(model, tokens, MEAN), atol=1e-4)
+
+
+def test_families_that_are_not_known_run_as_transformers_runs_them():
+    """Some look like BERT and compute more, such as ERNIE's embeddings of tasks; some have layers of their own."""
+    import transformers as t
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    small = {**sizes, "vocab_size": 200}
+    for kind, config in (
+        (t.ErnieModel, t.ErnieConfig(**small, use_task_id=True)),
+        (t.RemBertModel, t.RemBertConfig(**small, input_embedding_size=32)),
+        (t.DebertaV2Model, t.DebertaV2Config(**small, relative_attention=True, pos_att_type=["p2c", "c2p"])),
+        (t.MegatronBertModel, t.MegatronBertConfig(**small)),
+    ):
+        torch.manual_seed(0)
+        other = kind(config).eval().requires_grad_(False)
+        backend = backends.choose(other, "fp32", MEAN, "cpu")
+        tokens = tokens_of(LENGTHS)
+        np.testing.assert_allclose(backend.start(tokens)(), one_at_a_time(other, tokens, MEAN), atol=1e-5)
+        assert "packed texts apart" in backends._why_not_varlen(other)
+
+
 @pytest.mark.parametrize(("precision", "least"), [("fp32", 0.999999), ("int16", 0.9999), ("int8", 0.99)])
 def test_native(model, wanted, tokens, precision, least):
     if reason := native.why_not(model):

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from bertray import pairs as apart
 from bertray.encoder import Encoder
 from bertray.lengths import inputs, lengths
 from bertray.spec import Encoder as EncoderSpec
@@ -49,6 +50,14 @@ def test_texts_of_pairs_by_themselves(checkpoint):
     both = Encoder(checkpoint, spec).encode(rows["text"].to_pylist() + rows["text_pair"].to_pylist()).tokens
     assert (found.rows, len(found.encoded)) == (60, 120)
     assert found.each == pytest.approx(both.sum() / 60)
+
+
+def test_a_pair_is_set_aside_where_one_of_its_texts_is_too_long(checkpoint):
+    spec = EncoderSpec(model=checkpoint.name, pooling="mean", max_length=20, truncation="error", pair="siamese")
+    rows = table(pairs=True)
+    found = lengths(rows, np.zeros(rows.num_rows, int), checkpoint.folder, spec, siamese=True)
+    _, failed = apart.encode(Encoder(checkpoint, spec), rows["text"].to_pylist(), rows["text_pair"].to_pylist())
+    assert found.aside == len(failed) > 5
 
 
 def test_words(checkpoint):

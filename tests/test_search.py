@@ -281,6 +281,23 @@ def test_questions_that_all_have_answers_always_get_one(tmp_path):
     assert threshold(choice, 0.0, "answers", (0.0,)) == ALWAYS
 
 
+def test_where_few_questions_have_no_answer_all_may_get_one():
+    """The likeliest to have none has one: to give it none would be wrong twice over."""
+    logits = [[[9, 9], [0, 0]], [[8, 8], [0, 0]], [[0, 0], [9, 9]], [[1, 1], [0, 0]]]
+    targets = [[[0, 0], [1, 1]]] * 3 + [[[1, 1], [0, 0]]]
+    choice = Choice(
+        Setting(("mean_6",), "concat", 0.0, 0),
+        logits=np.array(logits, np.float32).reshape(8, 2),
+        targets=np.array(targets, np.float32).reshape(8, 2),
+        sizes=(2, 2, 2, 2),
+    )
+    margins = np.array([null_margin(choice.logits[i : i + 2], (0.0,)) for i in (0, 2, 4, 6)])
+    found = threshold(choice, 0.0, "answers", (0.0,))
+    none = np.array([False, False, False, True])
+    best = max(((margins > at) == none).sum() for at in [*(margins - 1e-6), margins.max() + 1])
+    assert ((margins > found) == none).sum() == best == 3 and found > margins.max()
+
+
 def test_the_threshold_is_the_lowest_that_is_accurate_enough():
     p = np.array([0.95, 0.9, 0.8, 0.7, 0.6])
     logits = np.stack([np.log(p), np.log(1 - p)], 1).astype(np.float32)

@@ -154,6 +154,15 @@ def reference(samples, l2, settings):
     return weight, bias - weight @ scaler.mean_
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_numbers_are_fitted_as_well_as_large_ones(dtype):
+    samples = made("squared")
+    (expected,), _ = fitted(samples, [Trial(1e-3)], spec(), dtype=dtype)
+    samples.targets.mul_(2.0**-30)
+    (found,), _ = fitted(samples, [Trial(1e-3)], spec(), dtype=dtype)
+    np.testing.assert_allclose(found.weight * 2.0**30, expected.weight, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid", "squared"])
 @pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("l2", [1e-3, 1e-1])

@@ -61,6 +61,15 @@ def test_all_mistakes_are_told_at_once_with_place_and_what_is_allowed(tmp_path):
         ),
         ("encoder: {overlap: -1}", "encoder.overlap must be a whole number of at least 0."),
         ("head: {lr: .nan}", "head.lr must be a number above 0"),
+        (
+            "encoder: {pair: siamese}\ndata: {text_pair: b}\nhead: {combine: mean}",
+            "head.combine mean and mix cannot be had for siamese pairs",
+        ),
+        (
+            "task: question-answering\ndata: {text_pair: b}\nencoder: {pooling: mean}\n"
+            "head: {folds: 3, search: {combine: [concat, mix]}}",
+            "head.combine mean and mix cannot be had for question-answering",
+        ),
         ("task: translation", "task must be one of text-classification, token-classification, question-answering. Got"),
     ],
 )

@@ -193,6 +193,20 @@ def test_windows_hold_every_token_and_share_the_overlap(kin, max_length, overlap
         assert joined == text
 
 
+def test_a_word_that_no_window_holds_whole_is_told(minilm):
+    """It is lost, and its text counts as truncated; with an overlap of its size it is not."""
+    text = "a plain text of some length, in which comes, as if it were nothing, Llanfairpwllgwyngyll, a village"
+    short = "a plain text"
+    tokenizer = Tokenizer(minilm.folder, 512, "window", 0, "word")
+    starts, stops = tokenizer([text]).segments.starts, tokenizer([text]).segments.stops
+    longest = int((stops - starts).argmax())
+    cut = int(starts[longest]) + 2  # in its middle; the first token is [CLS]
+    for overlap, lost in ((0, True), (int((stops - starts).max()), False)):
+        tokens = Tokenizer(minilm.folder, cut + 1, "window", overlap, "word")([short, text])
+        assert tokens.truncated[tokens.windows.first].tolist() == [False, lost]
+        assert len(tokens.segments.words) == len(tokens.words.spans) - lost
+
+
 def test_windows_of_pairs_keep_the_shorter_text_whole(kin):
     tokenizer = Tokenizer(kin, 20, "window", 3)
     between = 20 - len(rows_of(Tokenizer(kin, 20)([""], [""]))[0])  # room for both texts
