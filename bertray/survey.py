@@ -259,9 +259,12 @@ def _at_places(
     for number in sorted(range(len(starts)), key=lambda i: (i % 4, i)):  # if time ends, what is missing is spread too
         file = int(np.searchsorted(edges, starts[number], side="right")) - 1
         look, local = looks[file], int(starts[number] - edges[file])
-        begin = 0 if whole else _reachable(local, look, files[file].size)
-        end = look.rows if whole else begin + each
         own = min(look.rows, total - int(edges[file]))
+        part = math.ceil(
+            own / math.ceil(own / each)
+        )  # files in equal parts: no row is met more often for where it lies
+        begin = 0 if whole else _reachable(local - local % part, look, files[file].size)
+        end = look.rows if whole else begin + part
         yield reader.read(Unit(files[file].url, files[file].name, kind, "", begin, min(end, own)))
         if time.monotonic() > ends:
             return

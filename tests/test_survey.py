@@ -123,6 +123,19 @@ def test_of_many_files_some_are_looked_at(tmp_path, monkeypatch):
     assert found.units == pytest.approx(len(cut), rel=0.1)
 
 
+@pytest.mark.parametrize("rows", [250, 300, 1000])
+def test_where_rows_lie_in_small_files_does_not_matter(tmp_path, rows):
+    """As many of the sample are from each part of the files, and not more from their ends."""
+    for number in range(100):
+        table = pa.table({"text": [str(row) for row in range(rows)], "label": ["x"] * rows})
+        pq.write_table(table, tmp_path / f"part-{number:03}.parquet")
+    found = survey("train", Source(path=str(tmp_path)), Columns("text", label="label"))
+    places = np.array([int(text) for text in found.sample["text"].to_pylist()])
+    counts = np.bincount(places * -(-rows // 250) // rows)
+    assert counts.sum() > 2000 and counts.min() > 0.4 * counts.mean()
+    assert not (counts % (rows // len(counts))).any()  # parts are met whole
+
+
 @pytest.mark.parametrize("format", ["parquet", "jsonl", "csv"])
 def test_a_limit_counts_and_samples_the_first_rows(tmp_path, format):
     write(tmp_path / f"a.{format}", rows(3000), format)
